@@ -1,0 +1,14 @@
+"""Smaller Vision Transformers for the Hugging Face Hub: ranks chosen by what the activations need."""
+
+from __future__ import annotations
+
+from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
+
+from .remote.configuration_lowrank_vit import LowRankViTConfig
+from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, LowRankViTModel
+
+__version__ = "0.1.0"
+
+AutoConfig.register(LowRankViTConfig.model_type, LowRankViTConfig, exist_ok=True)
+AutoModel.register(LowRankViTConfig, LowRankViTModel, exist_ok=True)
+AutoModelForImageClassification.register(LowRankViTConfig, LowRankViTForImageClassification, exist_ok=True)

@@ -1,0 +1,45 @@
+"""Fewer inner dimensions for the query-key product of a head.
+
+A head's scores are q_iᵀ k_j. Replacing the identity between q and k by a rank-r matrix K changes them by
+q_iᵀ (I - K) k_j, in the mean square over tokens ‖Q^½ (I - K) C^½‖² with Q = E[q qᵀ] and C the covariance of the keys of
+an image (a softmax over j does not see what all keys share). Eckart-Young: the best K comes from the truncated SVD of
+Q^½ C^½. In terms of the weights this is the truncated SVD of Σ^½ M Cov_x^½ of design 3.2, in e x e matrices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+import torch
+
+from ..linalg import square_root
+
+
+@dataclass(frozen=True)
+class QueryKeyCandidate:
+    """One head. `errors[r]` is the sum of squared changes of the scores at rank r, r = 0..e."""
+
+    errors: Tensor
+    query_map: Tensor
+    key_map: Tensor
+
+    def maps(self, rank: int) -> tuple[Tensor, Tensor]:
+        """(rank, e) maps to put in front of the head's query and key weights."""
+        return self.query_map[:rank], self.key_map[:rank]
+
+
+def query_key_candidate(query_moment: Tensor, key_covariance: Tensor) -> QueryKeyCandidate:
+    """Both (e, e), summed or averaged alike; errors come in the product of their units.
+
+    The maps share the singular values evenly, so that queries and keys keep comparable magnitudes (half precision).
+    """
+    query_root, query_inverse = square_root(query_moment)
+    key_root, key_inverse = square_root(key_covariance)
+    left, singular, right = torch.linalg.svd(query_root @ key_root)
+    errors = torch.cat((singular.square().flip(0).cumsum(0).flip(0), singular.new_zeros(1)))
+    scale = singular.sqrt()
+    # query_mapᵀ key_map = Q^-½ U S Vᵀ C^-½, of which the first r rows give the best rank r.
+    query_map = (query_inverse @ left * scale).mT
+    key_map = (key_inverse @ right.mT * scale).mT
+    return QueryKeyCandidate(errors, query_map, key_map)

@@ -1,0 +1,242 @@
+"""A compressed model on disk: written whole or not at all, and loaded again before it counts as written."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from .errors import RunError, UserError, as_user_error, reason
+from .images import load_image_processor
+from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
+
+RECORD = "compression.json"
+CARD = "README.md"
+WEIGHTS = "model.safetensors"
+PREPROCESSOR = "preprocessor_config.json"
+CODE = ("configuration_lowrank_vit.py", "modeling_lowrank_vit.py")
+AUTO_MAP = {
+    "AutoConfig": "configuration_lowrank_vit.LowRankViTConfig",
+    "AutoModel": "modeling_lowrank_vit.LowRankViTModel",
+    "AutoModelForImageClassification": "modeling_lowrank_vit.LowRankViTForImageClassification",
+}
+_OTHER_FILES_BYTES = 4 << 20  # more than all files beside the weights take
+
+
+def check_target(folder: str | Path, weight_bytes: int, *, overwrite: bool = False) -> None:
+    """See before any work that a checkpoint of this size can be written to `folder`.
+
+    Raises:
+        UserError: it is a file; it is not empty (without `overwrite`); it holds files that are no part of a checkpoint
+            of this package (with `overwrite`: they are never deleted); the disk has too little room.
+    """
+    target = Path(folder).resolve()
+    if target.exists() and not target.is_dir():
+        raise UserError(f"'{folder}' is a file: choose another folder for the checkpoint.")
+    if target.is_dir() and any(target.iterdir()):
+        if not overwrite:
+            raise UserError(f"'{folder}' is not empty: choose another folder, or pass --overwrite.")
+        foreign = _foreign_files(target)
+        if foreign:
+            raise UserError(
+                f"'{folder}' holds {foreign[0]}, which is no part of a checkpoint of hf-vit-lowrank and would be lost: "
+                "choose another folder, or move it away."
+            )
+    needed = weight_bytes + _OTHER_FILES_BYTES
+    free = shutil.disk_usage(next(parent for parent in target.parents if parent.is_dir())).free
+    if free < needed:
+        raise UserError(
+            f"The disk of '{folder}' has {free / 1e6:.0f} MB free, but the checkpoint needs {needed / 1e6:.0f} MB: "
+            "make room, or choose another disk."
+        )
+
+
+def save_checkpoint(
+    model: LowRankViTForImageClassification,
+    image_processor: Any,
+    folder: str | Path,
+    *,
+    record: dict[str, Any],
+    card: str,
+    preprocessor_config: bytes | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Write a checkpoint that `AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)` loads.
+
+    All files are written to a folder beside `folder`, loaded again and compared with the model in memory (number of
+    parameters, exact logits), and only then renamed. With `overwrite` the old checkpoint is moved aside first and
+    deleted last. The same model and record give the same bytes.
+
+    record: JSON-able, goes into compression.json together with the sha256 of every other file.
+    card: the text of README.md.
+    preprocessor_config: the source's preprocessor_config.json, kept byte for byte where it loads by itself.
+
+    Raises:
+        UserError: see `check_target`.
+        RunError: the disk failed, or what was read back differs. `folder` is then as it was before.
+    """
+    json.dumps(record, allow_nan=False)  # fails here, before anything is written
+    weight_bytes = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    check_target(folder, weight_bytes, overwrite=overwrite)
+    target = Path(folder).resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        new, old = staging / "new", staging / "old"
+        try:
+            new.mkdir()
+            _write(new, model, image_processor, record, card, preprocessor_config)
+            _verify(new, model, image_processor)
+            _swap(new, target, old)
+        finally:
+            if target.exists() or not old.exists():
+                shutil.rmtree(staging, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"The checkpoint could not be written to '{folder}' ({reason(error)}).") from error
+
+
+def load_checkpoint(folder: str | Path) -> tuple[LowRankViTForImageClassification, Any, dict[str, Any]]:
+    """The model (in eval mode), the image processor and the record of a folder written by `save_checkpoint`.
+
+    Runs this package's code, never the folder's. README.md may have been edited; any other file must be as saved.
+
+    Raises:
+        UserError: no such checkpoint, a file that is missing or differs, a format newer than this package.
+    """
+    return _load(Path(folder))
+
+
+def _load(
+    folder: Path, **model_options: Any
+) -> tuple[LowRankViTForImageClassification, Any, dict[str, Any]]:
+    record = _read_record(folder)
+    if record is None:
+        raise UserError(f"'{folder}' is no checkpoint folder of hf-vit-lowrank: it has no valid {RECORD}.")
+    for name, digest in record.pop("files").items():
+        if not (folder / name).is_file():
+            raise UserError(f"'{folder}' lacks {name}: get a whole copy.")
+        if name != CARD and _sha256(folder / name) != digest:
+            raise UserError(f"{name} of '{folder}' is not as it was saved (its sha256 differs): get an intact copy.")
+    with as_user_error(f"The model in '{folder}' could not be loaded"):
+        model = LowRankViTForImageClassification.from_pretrained(
+            folder, use_safetensors=True, dtype="auto", **model_options
+        )
+    return model.eval(), load_image_processor(str(folder)), record
+
+
+def _write(
+    folder: Path,
+    model: LowRankViTForImageClassification,
+    image_processor: Any,
+    record: dict[str, Any],
+    card: str,
+    preprocessor_config: bytes | None,
+) -> None:
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.auto_map = dict(AUTO_MAP)
+    config.save_pretrained(folder)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
+    for name in CODE:
+        shutil.copyfile(Path(__file__).parent / "remote" / name, folder / name)
+    _write_preprocessor(folder, image_processor, preprocessor_config)
+    (folder / CARD).write_text(card, encoding="utf-8")
+    files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    text = json.dumps({**record, "files": files}, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def _write_preprocessor(folder: Path, image_processor: Any, source: bytes | None) -> None:
+    """The source's own file, unless only the source's model type or code of the source says which class it means."""
+    if source is not None:
+        values = json.loads(source)
+        named = str(values.get("image_processor_type") or values.get("feature_extractor_type"))
+        # transformers 4 also takes the old class names under the new key, transformers 5 does not.
+        by_itself = named.removesuffix("Fast").endswith("ImageProcessor") or "image_processor_type" not in values
+        if by_itself and "auto_map" not in values:
+            (folder / PREPROCESSOR).write_bytes(source)
+            try:
+                if load_image_processor(str(folder)).to_dict() == image_processor.to_dict():
+                    return
+            except UserError:
+                pass
+    image_processor.save_pretrained(folder)
+
+
+def _verify(folder: Path, model: LowRankViTForImageClassification, image_processor: Any) -> None:
+    try:
+        again, processor_again, _ = _load(folder, attn_implementation=model.config._attn_implementation)
+    except UserError as error:
+        raise RunError(f"The checkpoint was written but could not be loaded again: {error}") from error
+    sizes = [sum(parameter.numel() for parameter in one.parameters()) for one in (again, model)]
+    if sizes[0] != sizes[1]:
+        raise RunError(f"The checkpoint was written, but has {sizes[0]} parameters where the model has {sizes[1]}.")
+    torch.nn.Module.to(again, model.device)
+    if not torch.equal(_probe(again), _probe(model)):
+        raise RunError("The checkpoint was written, but gives other logits than the model in memory.")
+    if processor_again.to_dict() != image_processor.to_dict():
+        raise RunError("The checkpoint was written, but its image processor differs from the one in memory.")
+
+
+@torch.no_grad()
+def _probe(model: LowRankViTForImageClassification) -> torch.Tensor:
+    """The logits on two images of noise, always the same ones, in eval mode."""
+    size = model.config.image_size
+    shape = (2, model.config.num_channels, *([size, size] if isinstance(size, int) else size))
+    pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
+    training = model.training
+    model.eval()
+    try:
+        return model(pixels).logits
+    finally:
+        model.train(training)
+
+
+def _swap(new: Path, target: Path, old: Path) -> None:
+    """Two renames, so that the target is at no time half written; a failure of the second takes back the first."""
+    existed = target.exists()
+    if existed:
+        target.rename(old)
+    try:
+        new.rename(target)
+    except BaseException:
+        if existed:
+            old.rename(target)
+        raise
+
+
+def _foreign_files(folder: Path) -> list[str]:
+    """Files in a folder that no checkpoint of this package has put there."""
+    record = _read_record(folder)
+    ours = {RECORD, *record["files"]} if record else set()
+    files = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
+    return [name for file in files if (name := file.relative_to(folder).as_posix()) not in ours]
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    files = record.get("files") if isinstance(record, dict) else None
+    if not isinstance(files, dict) or any(Path(name).name != name for name in files):
+        return None
+    return record
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

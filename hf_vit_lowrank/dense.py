@@ -1,0 +1,281 @@
+"""Dense source checkpoints: transformers' ViT and DeiT classifiers, read into this package's own model at full rank.
+
+The only file that knows the module names of transformers, of 4.x and of 5.x. Everything after it works on
+`LowRankViTForImageClassification`, whether it is still at full rank or already smaller.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from transformers import PreTrainedModel
+
+from .errors import UserError
+from .images import load_image_processor
+from .remote.configuration_lowrank_vit import LowRankViTConfig
+from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
+
+SUPPORTED = ("ViTForImageClassification", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher")
+
+# Name of a part inside a block: in transformers 5, in transformers 4.
+_BLOCK_NAMES = {
+    "attention_norm": ("layernorm_before", "layernorm_before"),
+    "mlp_norm": ("layernorm_after", "layernorm_after"),
+    "query": ("attention.q_proj", "attention.attention.query"),
+    "key": ("attention.k_proj", "attention.attention.key"),
+    "value": ("attention.v_proj", "attention.attention.value"),
+    "output": ("attention.o_proj", "attention.output.dense"),
+    "up": ("mlp.fc1", "intermediate.dense"),
+    "down": ("mlp.fc2", "output.dense"),
+}
+_LAYER_PREFIXES = ("layers", "encoder.layer")
+# Fields that our configuration shares with transformers' ViTConfig and DeiTConfig.
+_SHARED_FIELDS = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "initializer_range",
+    "layer_norm_eps",
+    "image_size",
+    "patch_size",
+    "num_channels",
+    "qkv_bias",
+    "problem_type",
+)
+
+
+@dataclass(frozen=True)
+class DenseSource:
+    """A dense classifier at full rank in this package's layout, and where it came from.
+
+    `parameters` counts what transformers stores for it, including the key and value biases that our layout folds away.
+    `preprocessor_config` holds the source's preprocessor_config.json, byte for byte, where it has one.
+    """
+
+    model: LowRankViTForImageClassification
+    image_processor: Any
+    parameters: int
+    location: str
+    revision: str | None
+    weights_sha256: str
+    preprocessor_config: bytes | None = None
+
+
+def load_dense(source: str, *, revision: str | None = None, allow_pickle: bool = False) -> DenseSource:
+    """Read a ViT or DeiT classifier from a folder or a hub id. Remote code of the source is never executed.
+
+    Raises:
+        UserError: not found, not one of `SUPPORTED`, already compressed or quantised, no safetensors weights (unless
+            `allow_pickle`), weights missing or not finite.
+    """
+    folder, commit = _local_folder(source, revision, allow_pickle)
+    architecture = _checked_architecture(folder, source)
+    dense = _load_transformers(folder, source, architecture, allow_pickle)
+    preprocessor = folder / "preprocessor_config.json"
+    return DenseSource(
+        model=from_transformers(dense),
+        image_processor=load_image_processor(str(folder)),
+        parameters=sum(parameter.numel() for parameter in dense.parameters()),
+        location=source,
+        revision=commit,
+        weights_sha256=_weights_hash(folder),
+        preprocessor_config=preprocessor.read_bytes() if preprocessor.is_file() else None,
+    )
+
+
+def dense_parameters(source: str, *, revision: str | None = None) -> int:
+    """Number of parameters of a classifier, from its configuration alone (no weights are downloaded).
+
+    Raises:
+        UserError: not found or not one of `SUPPORTED`.
+    """
+    folder, _ = _local_folder(source, revision, allow_pickle=False, weights=False)
+    architecture = _checked_architecture(folder, source)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        model = getattr(transformers, architecture)(config)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def from_transformers(dense: PreTrainedModel) -> LowRankViTForImageClassification:
+    """The same function in this package's layout, at full rank, in float32 and eval mode.
+
+    Exact but for rounding: the score scale 1/sqrt(head size) moves into the query, the key bias vanishes in the softmax
+    over keys, and the value bias moves through the output weight into the output bias, since attention rows sum to one.
+    """
+    state = {name: tensor.detach().float() for name, tensor in dense.state_dict().items()}
+    prefix = dense.base_model_prefix + "."
+    config = _full_rank_config(dense, f"{prefix}embeddings.distillation_token" in state)
+    model = LowRankViTForImageClassification(config)
+    converted = _embeddings_and_heads(state, prefix)
+    for layer in range(config.num_hidden_layers):
+        converted.update(_block(state, prefix, layer, dense.config))
+    model.load_state_dict(converted)
+    return model.eval()
+
+
+def _full_rank_config(dense: PreTrainedModel, distilled: bool) -> LowRankViTConfig:
+    source = dense.config
+    head_size = _head_size(source)
+    fields = {name: getattr(source, name) for name in _SHARED_FIELDS}
+    ranks = [[head_size] * source.num_attention_heads for _ in range(source.num_hidden_layers)]
+    return LowRankViTConfig(
+        **fields,
+        id2label=source.id2label,
+        label2id=source.label2id,
+        use_distillation_token=distilled,
+        use_distillation_head=type(dense).__name__.endswith("WithTeacher"),
+        query_key_ranks=ranks,
+        value_output_ranks=[list(layer) for layer in ranks],
+    )
+
+
+def _head_size(config: Any) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _embeddings_and_heads(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    names = {
+        f"{prefix}embeddings.cls_token": "vit.embeddings.cls_token",
+        f"{prefix}embeddings.distillation_token": "vit.embeddings.distillation_token",
+        f"{prefix}embeddings.position_embeddings": "vit.embeddings.position_embeddings",
+        f"{prefix}embeddings.patch_embeddings.projection": "vit.embeddings.projection",
+        f"{prefix}layernorm": "vit.norm",
+        "classifier": "classifier",
+        "cls_classifier": "classifier",
+        "distillation_classifier": "distillation_classifier",
+    }
+    converted = {}
+    for theirs, ours in names.items():
+        for suffix in ("", ".weight", ".bias"):
+            if theirs + suffix in state:
+                converted[ours + suffix] = state[theirs + suffix]
+    return converted
+
+
+def _block(state: dict[str, torch.Tensor], prefix: str, layer: int, config: Any) -> dict[str, torch.Tensor]:
+    def read(part: str, kind: str) -> torch.Tensor | None:
+        for layers, name in zip(_LAYER_PREFIXES, _BLOCK_NAMES[part], strict=True):
+            tensor = state.get(f"{prefix}{layers}.{layer}.{name}.{kind}")
+            if tensor is not None:
+                return tensor
+        return None
+
+    def weight(part: str) -> torch.Tensor:
+        tensor = read(part, "weight")
+        if tensor is None:
+            raise UserError(f"Block {layer} has no weight '{part}': its transformers release names it in an unknown way.")
+        return tensor
+
+    scale = _head_size(config) ** -0.5
+    output_bias, value_bias = read("output", "bias"), read("value", "bias")
+    if value_bias is not None:
+        output_bias = output_bias + weight("output") @ value_bias
+    block = {
+        "attention.query.weight": weight("query") * scale,
+        "attention.key_value.weight": torch.cat((weight("key"), weight("value"))),
+        "attention.output.weight": weight("output"),
+        "attention.output.bias": output_bias,
+    }
+    query_bias = read("query", "bias")
+    if query_bias is not None:
+        block["attention.query.bias"] = query_bias * scale
+    for ours, part in (("attention_norm", "attention_norm"), ("mlp_norm", "mlp_norm"), ("mlp.up", "up"), ("mlp.down", "down")):
+        block[f"{ours}.weight"], block[f"{ours}.bias"] = weight(part), read(part, "bias")
+    return {f"vit.blocks.{layer}.{name}": tensor for name, tensor in block.items()}
+
+
+def _local_folder(source: str, revision: str | None, allow_pickle: bool, weights: bool = True) -> tuple[Path, str | None]:
+    """The folder that holds the checkpoint and, for a hub id, the commit it is at."""
+    path = Path(source)
+    if path.is_dir():
+        if revision is not None:
+            raise UserError(f"'{source}' is a folder, so --revision {revision} has no meaning: leave it out.")
+        return path, None
+    patterns = ["*.json"] + (["*.safetensors"] if weights else []) + (["*.bin"] if weights and allow_pickle else [])
+    try:
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise UserError(f"'{source}' is neither a folder nor a hub id of the form 'owner/name'.") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(f"'{source}' is neither a folder here nor a model on the hub (or a token is needed).") from error
+    except RevisionNotFoundError as error:
+        raise UserError(f"'{source}' has no revision '{revision}': name a branch, tag or commit of it.") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"'{source}' is no folder here, and the hub could not be reached: {_first_line(error)}"
+        ) from error
+    return folder, folder.name
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _checked_architecture(folder: Path, source: str) -> str:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"'{source}' has no config.json, so it is no Hugging Face checkpoint.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"config.json of '{source}' is not valid JSON: {error}") from error
+    if config.get("model_type") == LowRankViTConfig.model_type:
+        raise UserError(f"'{source}' is already compressed: start from the dense checkpoint it was made of.")
+    if config.get("quantization_config"):
+        raise UserError(f"'{source}' is quantised: compress the unquantised checkpoint, and quantise the result.")
+    architecture = (config.get("architectures") or ["nothing"])[0]
+    if architecture not in SUPPORTED:
+        raise UserError(f"'{source}' holds {architecture}; supported are {', '.join(SUPPORTED)}.")
+    return architecture
+
+
+def _load_transformers(folder: Path, source: str, architecture: str, allow_pickle: bool) -> PreTrainedModel:
+    if not allow_pickle and not list(folder.glob("*.safetensors")):
+        raise UserError(
+            f"'{source}' has no .safetensors weights; convert them, or pass --allow-pickle if you trust its author "
+            "(reading a pickle can run code)."
+        )
+    try:
+        dense, info = getattr(transformers, architecture).from_pretrained(
+            folder,
+            use_safetensors=None if allow_pickle else True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except Exception as error:  # safetensors, torch and transformers each raise classes of their own
+        raise UserError(f"The weights of '{source}' could not be read: {_first_line(error)}") from error
+    if info["missing_keys"]:
+        raise UserError(f"'{source}' lacks weights, the first is {min(info['missing_keys'])}: get a whole copy.")
+    for name, parameter in dense.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise UserError(f"'{source}' holds NaN or infinite weights, first in {name}: get an intact copy.")
+    return dense
+
+
+def _weights_hash(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,86 @@
+"""What to do with a checkpoint: every choice of a run, validated, and nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .errors import UserError
+
+COSTS = ("parameters", "flops")
+COMPENSATIONS = ("none", "closed-form")
+_TARGETS = ("reduction", "max_parameters", "match", "min_agreement")
+
+
+@dataclass(frozen=True)
+class CompressionRecipe:
+    """Exactly one of the first four says how small the model gets.
+
+    reduction: share of the whole model's parameters (or FLOPs, see `cost`) to remove, 0 <= reduction < 1.
+    max_parameters: upper limit of stored parameters.
+    match: hub id or folder of a classifier whose number of parameters is the limit.
+    min_agreement: the smallest model that keeps this share of the dense model's predictions on held-back images.
+    cost: what the budget counts and the ranks compete for. "flops" goes with `reduction` and `min_agreement` only.
+    compensation: "closed-form" refits output and down weights block by block against the dense stream (design 3.5.1).
+    samples, batch_size, seed: calibration images, how many at once, and which.
+    query_key_weight: factor on the query-key error curves, which predict too little (design 3.6: 4 is the best known).
+
+    Raises:
+        UserError: a value out of range, or not exactly one target.
+    """
+
+    reduction: float | None = None
+    max_parameters: int | None = None
+    match: str | None = None
+    min_agreement: float | None = None
+    cost: str = "parameters"
+    compensation: str = "closed-form"
+    samples: int = 1024
+    batch_size: int = 32
+    seed: int = 0
+    query_key_weight: float = 4.0
+
+    def __post_init__(self) -> None:
+        given = [name for name in _TARGETS if getattr(self, name) is not None]
+        _require(len(given) == 1, f"say how small by exactly one of {', '.join(_TARGETS)} (given: {given or 'none'})")
+        _require(self.reduction is None or 0 <= self.reduction < 1, f"reduction must be in [0, 1), not {self.reduction}")
+        _require(self.max_parameters is None or self.max_parameters > 0, "max_parameters must be positive")
+        _require(
+            self.min_agreement is None or 0 < self.min_agreement <= 1,
+            f"min_agreement must be in (0, 1], not {self.min_agreement}",
+        )
+        _require(self.cost in COSTS, f"cost must be one of {', '.join(COSTS)}, not '{self.cost}'")
+        _require(
+            self.cost == "parameters" or self.max_parameters is self.match is None,
+            "cost 'flops' needs reduction or min_agreement: max_parameters and match count parameters",
+        )
+        _require(
+            self.compensation in COMPENSATIONS,
+            f"compensation must be one of {', '.join(COMPENSATIONS)}, not '{self.compensation}'",
+        )
+        _require(self.samples >= 1, f"samples must be at least 1, not {self.samples}")
+        _require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
+        _require(0 <= self.seed < 2**32, f"seed must be in [0, 2**32), not {self.seed}")
+        _require(0 < self.query_key_weight < float("inf"), "query_key_weight must be positive")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able; `from_dict` gives the same recipe back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CompressionRecipe:
+        """Raises UserError for a field that is unknown."""
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        _require(not unknown, f"unknown field {', '.join(unknown)}")
+        return cls(**values)
+
+    def fingerprint(self) -> str:
+        """sha256 of the canonical JSON."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise UserError(f"The recipe is not valid: {message}.")

@@ -1,0 +1,1 @@
+"""The two files that are copied verbatim into every checkpoint."""

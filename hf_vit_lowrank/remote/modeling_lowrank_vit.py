@@ -1,0 +1,336 @@
+"""A Vision Transformer whose heads have ranks, and whose MLPs have widths, of their own.
+
+Attention multiplies its weights in pairs: scores are products of a query and a key, and a head adds the product of a
+value and an output weight. Only the inner size of a pair (its rank) is smaller than in the dense ViT, so the arithmetic
+shrinks with the parameters and no extra matrix product appears. Heads of one layer may differ in rank: their factors
+are stored side by side without padding, and padded only where the attention kernel wants one size.
+
+This file is copied into every checkpoint. It needs nothing but torch and transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
+from transformers.modeling_utils import PreTrainedModel
+
+from .configuration_lowrank_vit import LowRankViTConfig
+
+
+@dataclass
+class LowRankViTImageClassifierOutput(ImageClassifierOutput):
+    """As `ImageClassifierOutput`, with the two heads' logits of a distilled DeiT, each (batch, labels)."""
+
+    cls_logits: torch.FloatTensor | None = None
+    distillation_logits: torch.FloatTensor | None = None
+
+
+def _pair(size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+class LowRankViTEmbeddings(nn.Module):
+    """Pixels (batch, channels, height, width) to tokens (batch, prefix + patches, hidden)."""
+
+    def __init__(self, config: LowRankViTConfig):
+        super().__init__()
+        self.image_size, self.patch_size = _pair(config.image_size), _pair(config.patch_size)
+        self.num_channels = config.num_channels
+        self.grid = (self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1])
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.distillation_token = (
+            nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.use_distillation_token else None
+        )
+        num_positions = config.num_prefix_tokens + self.grid[0] * self.grid[1]
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=self.patch_size, stride=self.patch_size
+        )
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.num_prefix_tokens = config.num_prefix_tokens
+
+    def interpolated_positions(self, height: int, width: int) -> torch.Tensor:
+        """Position embeddings for another image size, bicubic over the patch grid, as transformers' ViT does it."""
+        grid = (height // self.patch_size[0], width // self.patch_size[1])
+        prefix = self.position_embeddings[:, : self.num_prefix_tokens]
+        patches = self.position_embeddings[:, self.num_prefix_tokens :]
+        patches = patches.reshape(1, *self.grid, -1).permute(0, 3, 1, 2)
+        patches = nn.functional.interpolate(patches, size=grid, mode="bicubic", align_corners=False)
+        return torch.cat((prefix, patches.flatten(2).transpose(1, 2)), dim=1)
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        batch, channels, height, width = pixel_values.shape
+        if channels != self.num_channels:
+            raise ValueError(f"The model takes images of {self.num_channels} channels, but got {channels}.")
+        if not interpolate_pos_encoding and (height, width) != self.image_size:
+            raise ValueError(
+                f"The model takes images of {self.image_size[0]}x{self.image_size[1]}, but got {height}x{width}: "
+                "resize them with the image processor, or pass interpolate_pos_encoding=True."
+            )
+        patches = self.projection(pixel_values).flatten(2).transpose(1, 2)
+        prefix = [self.cls_token] if self.distillation_token is None else [self.cls_token, self.distillation_token]
+        tokens = torch.cat([token.expand(batch, -1, -1) for token in prefix] + [patches], dim=1)
+        same_grid = (height // self.patch_size[0], width // self.patch_size[1]) == self.grid
+        positions = self.position_embeddings if same_grid else self.interpolated_positions(height, width)
+        return self.dropout(tokens + positions)
+
+
+def split_heads(states: torch.Tensor, ranks: list[int], size: int) -> torch.Tensor:
+    """(batch, tokens, sum of ranks) to (batch, heads, tokens, size), shorter heads filled up with zeros."""
+    if all(rank == size for rank in ranks):
+        return states.unflatten(-1, (len(ranks), size)).transpose(1, 2)
+    heads = states.split(ranks, dim=-1)
+    return torch.stack([nn.functional.pad(head, (0, size - head.shape[-1])) for head in heads], dim=1)
+
+
+def merge_heads(context: torch.Tensor, ranks: list[int]) -> torch.Tensor:
+    """The way back: (batch, heads, tokens, size) to (batch, tokens, sum of ranks)."""
+    if all(rank == context.shape[-1] for rank in ranks):
+        return context.transpose(1, 2).flatten(2)
+    return torch.cat([context[:, head, :, :rank] for head, rank in enumerate(ranks)], dim=-1)
+
+
+class LowRankViTAttention(nn.Module):
+    """Self-attention with one query-key rank and one value-output rank per head.
+
+    The factor 1/sqrt(head size) is part of the query weights. Keys have no bias, since a softmax over keys does not see
+    what is the same for all of them; values have none, since attention rows sum to one and it lives in the output bias.
+    """
+
+    def __init__(self, config: LowRankViTConfig, layer: int):
+        super().__init__()
+        self.config = config
+        self.query_key_ranks = list(config.query_key_ranks[layer])
+        self.value_output_ranks = list(config.value_output_ranks[layer])
+        self.dropout = config.attention_probs_dropout_prob
+        scores_size, context_size = sum(self.query_key_ranks), sum(self.value_output_ranks)
+        self.query = nn.Linear(config.hidden_size, scores_size, bias=config.qkv_bias)
+        self.key_value = nn.Linear(config.hidden_size, scores_size + context_size, bias=False)
+        self.output = nn.Linear(context_size, config.hidden_size)
+
+    def forward(
+        self, hidden_states: torch.Tensor, num_queries: int | None = None, output_attentions: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(batch, tokens, hidden) to (batch, queries, hidden); only the first `num_queries` tokens ask if given."""
+        query = self.query(hidden_states[:, :num_queries])
+        key, value = self.key_value(hidden_states).split(
+            [sum(self.query_key_ranks), sum(self.value_output_ranks)], dim=-1
+        )
+        if self.config._attn_implementation == "sdpa" and not output_attentions:
+            context, attention = self._fused(query, key, value), None
+        else:
+            context, attention = self._eager(query, key, value)
+        return self.output(merge_heads(context, self.value_output_ranks)), attention
+
+    def _fused(self, query, key, value) -> torch.Tensor:
+        # The fused kernels want one head size for all three, a multiple of 8 on most devices.
+        size = max(self.query_key_ranks + self.value_output_ranks)
+        size = -(-size // 8) * 8
+        return nn.functional.scaled_dot_product_attention(
+            split_heads(query, self.query_key_ranks, size),
+            split_heads(key, self.query_key_ranks, size),
+            split_heads(value, self.value_output_ranks, size),
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=1.0,
+        )
+
+    def _eager(self, query, key, value) -> tuple[torch.Tensor, torch.Tensor]:
+        size = max(self.query_key_ranks)
+        scores = split_heads(query, self.query_key_ranks, size) @ split_heads(
+            key, self.query_key_ranks, size
+        ).transpose(2, 3)
+        attention = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+        dropped = nn.functional.dropout(attention, p=self.dropout, training=self.training)
+        return dropped @ split_heads(value, self.value_output_ranks, max(self.value_output_ranks)), attention
+
+
+class LowRankViTMLP(nn.Module):
+    def __init__(self, config: LowRankViTConfig, layer: int):
+        super().__init__()
+        self.up = nn.Linear(config.hidden_size, config.mlp_widths[layer])
+        self.activation = ACT2FN[config.hidden_act]
+        self.down = nn.Linear(config.mlp_widths[layer], config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.down(self.activation(self.up(hidden_states)))
+
+
+class LowRankViTBlock(GradientCheckpointingLayer):
+    def __init__(self, config: LowRankViTConfig, layer: int):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attention = LowRankViTAttention(config, layer)
+        self.mlp_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = LowRankViTMLP(config, layer)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self, hidden_states: torch.Tensor, num_queries: int | None = None, output_attentions: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        update, attention = self.attention(self.attention_norm(hidden_states), num_queries, output_attentions)
+        hidden_states = hidden_states[:, :num_queries] + self.dropout(update)
+        hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
+        return hidden_states, attention
+
+
+class LowRankViTPreTrainedModel(PreTrainedModel):
+    config_class = LowRankViTConfig
+    base_model_prefix = "vit"
+    main_input_name = "pixel_values"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LowRankViTEmbeddings", "LowRankViTBlock"]
+    _supports_sdpa = True
+
+    def _init_weights(self, module: nn.Module) -> None:
+        init = _initialisers()
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            init.trunc_normal_(module.weight, mean=0.0, std=self.config.initializer_range)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.zeros_(module.bias)
+            init.ones_(module.weight)
+        elif isinstance(module, LowRankViTEmbeddings):
+            for parameter in (module.cls_token, module.distillation_token, module.position_embeddings):
+                if parameter is not None:
+                    init.trunc_normal_(parameter, mean=0.0, std=self.config.initializer_range)
+
+
+def _initialisers():
+    """transformers 5 has initialisers that leave loaded weights alone; 4.x calls us for missing weights only."""
+    try:
+        from transformers import initialization
+    except ImportError:
+        return nn.init
+    return initialization
+
+
+class LowRankViTModel(LowRankViTPreTrainedModel):
+    """The encoder: pixels to the tokens after the last layer norm, (batch, tokens, hidden). It has no pooler."""
+
+    def __init__(self, config: LowRankViTConfig):
+        super().__init__(config)
+        self.embeddings = LowRankViTEmbeddings(config)
+        self.blocks = nn.ModuleList([LowRankViTBlock(config, layer) for layer in range(config.num_hidden_layers)])
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.projection
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        interpolate_pos_encoding: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        num_tokens_read: int | None = None,
+    ) -> BaseModelOutputWithPooling | tuple:
+        """Arguments and outputs of transformers' ViT; besides:
+
+        num_tokens_read: compute only this many leading tokens in the last block (exact, since nothing after it mixes
+            tokens). Ignored where hidden states or attentions are asked for.
+        """
+        output_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions or output_hidden_states:
+            num_tokens_read = None
+        hidden_states = self.embeddings(
+            pixel_values.to(self.embeddings.projection.weight.dtype), bool(interpolate_pos_encoding)
+        )
+        all_hidden_states, all_attentions = [hidden_states], []
+        for layer, block in enumerate(self.blocks):
+            num_queries = num_tokens_read if layer == len(self.blocks) - 1 else None
+            hidden_states, attention = block(hidden_states, num_queries, output_attentions)
+            if output_hidden_states:
+                all_hidden_states.append(hidden_states)
+            if output_attentions:
+                all_attentions.append(attention)
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=self.norm(hidden_states),
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+        )
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+
+class LowRankViTForImageClassification(LowRankViTPreTrainedModel):
+    """The encoder with a linear classifier on the class token and, for a distilled DeiT, one on the distillation token."""
+
+    def __init__(self, config: LowRankViTConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.vit = LowRankViTModel(config)
+        self.classifier = _classifier(config)
+        self.distillation_classifier = _classifier(config) if config.use_distillation_head else None
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        interpolate_pos_encoding: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> LowRankViTImageClassifierOutput | tuple:
+        """labels: (batch,) class indices or regression targets, or (batch, labels) for several labels or targets."""
+        encoded = self.vit(
+            pixel_values,
+            interpolate_pos_encoding=interpolate_pos_encoding,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            num_tokens_read=self.config.num_tokens_read,
+        )
+        logits, cls_logits, distillation_logits = self.classify(encoded.last_hidden_state)
+        output = LowRankViTImageClassifierOutput(
+            loss=None if labels is None else self._loss(logits, labels),
+            logits=logits,
+            hidden_states=encoded.hidden_states,
+            attentions=encoded.attentions,
+            cls_logits=cls_logits,
+            distillation_logits=distillation_logits,
+        )
+        return output if _wants_dict(return_dict, self.config) else output.to_tuple()
+
+    def classify(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """Normed tokens (batch, tokens, hidden) to the logits and, with two heads, those of each: (batch, labels)."""
+        cls_logits = self.classifier(tokens[:, 0])
+        if self.distillation_classifier is None:
+            return cls_logits, None, None
+        distillation_logits = self.distillation_classifier(tokens[:, 1])
+        return (cls_logits + distillation_logits) / 2, cls_logits, distillation_logits
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        labels = labels.to(logits.device)
+        if self.config.problem_type is None:
+            if self.num_labels == 1:
+                self.config.problem_type = "regression"
+            elif labels.dtype in (torch.long, torch.int):
+                self.config.problem_type = "single_label_classification"
+            else:
+                self.config.problem_type = "multi_label_classification"
+        if self.config.problem_type == "regression":
+            return nn.functional.mse_loss(logits.squeeze(), labels.squeeze())
+        if self.config.problem_type == "single_label_classification":
+            return nn.functional.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1).long())
+        return nn.functional.binary_cross_entropy_with_logits(logits, labels)
+
+
+def _classifier(config: LowRankViTConfig) -> nn.Module:
+    return nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
+
+
+def _wants_dict(return_dict: bool | None, config: LowRankViTConfig) -> bool:
+    return getattr(config, "return_dict", True) if return_dict is None else return_dict
+
+
+__all__ = ["LowRankViTForImageClassification", "LowRankViTModel", "LowRankViTPreTrainedModel"]

@@ -1,0 +1,317 @@
+"""The two files that travel with a checkpoint: any rank plan, loaded where this package is not installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from hf_vit_lowrank.checkpoint import save_checkpoint
+from hf_vit_lowrank.images import load_image_processor
+from hf_vit_lowrank.remote.configuration_lowrank_vit import FORMAT_VERSION, LowRankViTConfig
+from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification
+
+# One process for all folders, since importing transformers takes seconds. -I leaves out the working directory and
+# PYTHONPATH; the finder also hides an installed package.
+WORKER = """
+import importlib.abc, json, sys
+
+class Hidden(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "hf_vit_lowrank":
+            raise ImportError("not installed here")
+
+sys.meta_path.insert(0, Hidden())
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+torch.set_num_threads(int(sys.argv[1]))
+for line in sys.stdin:
+    folder = json.loads(line)
+    pixels = load_file(folder + "/pixels")["pixels"]
+    with torch.no_grad():
+        model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
+        encoder = AutoModel.from_pretrained(folder, trust_remote_code=True)
+        results = {"logits": model(pixels).logits, "tokens": encoder(pixels).last_hidden_state}
+    save_file(results, folder + "/results")
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    classes = [type(one) for one in (config, encoder, model)]
+    processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=True)
+    answer = {
+        "classes": [one.__name__ for one in classes],
+        "modules": [one.__module__ for one in classes],
+        "training": model.training,
+        "mlp_widths": config.mlp_widths,
+        "image_processor": type(processor).__name__,
+        "size": dict(processor.size),
+    }
+    print(json.dumps(answer), flush=True)
+"""
+
+
+class FreshProcess:
+    def __init__(self, home: Path):
+        self.errors = home / "stderr"
+        environment = {**os.environ, "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-I", "-c", WORKER, str(torch.get_num_threads())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors.open("w"),
+            text=True,
+            cwd=home,
+            env=environment,
+        )
+
+    def load(self, folder: Path, pixels: torch.Tensor) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """What the Auto classes make of a folder, and the outputs on these pixels."""
+        save_file({"pixels": pixels}, folder / "pixels")
+        self._process.stdin.write(json.dumps(str(folder)) + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline()
+        assert answer, self.errors.read_text()
+        return json.loads(answer), load_file(folder / "results")
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait(timeout=30)
+        self._process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def fresh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[FreshProcess]:
+    process = FreshProcess(tmp_path_factory.mktemp("fresh"))
+    yield process
+    process.close()
+
+
+@pytest.fixture(scope="module")
+def image_processor(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("processor")
+    values = {"image_processor_type": "ViTImageProcessor", "size": {"height": 16, "width": 16}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(values))
+    return load_image_processor(str(folder))
+
+
+@st.composite
+def configs(draw) -> LowRankViTConfig:
+    """Small models of every kind, with ranks and widths drawn freely."""
+    layers, heads, hidden, intermediate = draw(st.integers(1, 3)), draw(st.integers(1, 3)), 12, 20
+    ranks = st.lists(st.lists(st.integers(1, hidden), min_size=heads, max_size=heads), min_size=layers, max_size=layers)
+    token = draw(st.booleans())
+    return LowRankViTConfig(
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=intermediate,
+        image_size=draw(st.sampled_from([16, [16, 24]])),
+        patch_size=8,
+        num_channels=draw(st.integers(1, 3)),
+        qkv_bias=draw(st.booleans()),
+        use_distillation_token=token,
+        use_distillation_head=token and draw(st.booleans()),
+        num_labels=draw(st.integers(1, 4)),
+        query_key_ranks=draw(ranks),
+        value_output_ranks=draw(ranks),
+        mlp_widths=draw(st.lists(st.integers(1, intermediate), min_size=layers, max_size=layers)),
+    )
+
+
+def ragged_config(**fields) -> LowRankViTConfig:
+    plan = {"query_key_ranks": [[3, 7, 1], [4, 4, 4]], "value_output_ranks": [[2, 9, 5], [1, 3, 8]], "mlp_widths": [6, 11]}
+    sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
+    return LowRankViTConfig(**{**sizes, "image_size": 16, "patch_size": 8, "num_labels": 4, **plan, **fields})
+
+
+def make_model(config: LowRankViTConfig, attention: str = "sdpa") -> LowRankViTForImageClassification:
+    torch.manual_seed(0)
+    model = LowRankViTForImageClassification._from_config(config, attn_implementation=attention)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+def make_pixels(config: LowRankViTConfig, batch: int = 2) -> torch.Tensor:
+    size = config.image_size if isinstance(config.image_size, list) else [config.image_size] * 2
+    return torch.randn(batch, config.num_channels, *size, generator=torch.Generator().manual_seed(1))
+
+
+def parameters_of_plan(config: LowRankViTConfig) -> int:
+    """The count by hand, from the plan alone."""
+    d, labels = config.hidden_size, config.num_labels
+    height, width = config.image_size if isinstance(config.image_size, list) else [config.image_size] * 2
+    prefix = 1 + config.use_distillation_token
+    tokens = prefix + (height // config.patch_size) * (width // config.patch_size)
+    total = (prefix + tokens) * d + config.num_channels * config.patch_size**2 * d + d  # embeddings
+    for qk, vo, width in zip(config.query_key_ranks, config.value_output_ranks, config.mlp_widths, strict=True):
+        total += sum(qk) * (2 * d + config.qkv_bias) + sum(vo) * 2 * d + d + width * (2 * d + 1) + d + 4 * d
+    return total + 2 * d + (d + 1) * labels * (1 + config.use_distillation_head)
+
+
+def reference_logits(model: LowRankViTForImageClassification, pixels: torch.Tensor) -> torch.Tensor:
+    """The formulas written out in float64, head by head, from the stored tensors."""
+    config, state = model.config, {name: tensor.double() for name, tensor in model.state_dict().items()}
+
+    def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        return x @ state[f"{name}.weight"].T + state.get(f"{name}.bias", 0.0)
+
+    def norm(x: torch.Tensor, name: str) -> torch.Tensor:
+        centred = x - x.mean(-1, keepdim=True)
+        scaled = centred / (centred.square().mean(-1, keepdim=True) + config.layer_norm_eps).sqrt()
+        return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    size = config.patch_size
+    patches = pixels.double().unfold(2, size, size).unfold(3, size, size)  # batch, channel, row, column, size, size
+    patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    kernel = state["vit.embeddings.projection.weight"].flatten(1)
+    x = patches @ kernel.T + state["vit.embeddings.projection.bias"]
+    for name in ("distillation_token", "cls_token"):
+        if f"vit.embeddings.{name}" in state:
+            x = torch.cat((state[f"vit.embeddings.{name}"].expand(len(x), 1, -1), x), 1)
+    x = x + state["vit.embeddings.position_embeddings"]
+    for layer in range(config.num_hidden_layers):
+        block = f"vit.blocks.{layer}"
+        normed = norm(x, f"{block}.attention_norm")
+        queries, keys_values = linear(normed, f"{block}.attention.query"), linear(normed, f"{block}.attention.key_value")
+        w_out, first_value = state[f"{block}.attention.output.weight"], sum(config.query_key_ranks[layer])
+        update = state[f"{block}.attention.output.bias"]
+        at, out_at = 0, 0
+        for r_qk, r_vo in zip(config.query_key_ranks[layer], config.value_output_ranks[layer], strict=True):
+            scores = queries[..., at : at + r_qk] @ keys_values[..., at : at + r_qk].transpose(1, 2)
+            values = keys_values[..., first_value + out_at : first_value + out_at + r_vo]
+            update = update + scores.softmax(-1) @ values @ w_out[:, out_at : out_at + r_vo].T
+            at, out_at = at + r_qk, out_at + r_vo
+        x = x + update
+        hidden = torch.nn.functional.gelu(linear(norm(x, f"{block}.mlp_norm"), f"{block}.mlp.up"))
+        x = x + linear(hidden, f"{block}.mlp.down")
+    x = norm(x, "vit.norm")
+    logits = linear(x[:, 0], "classifier")
+    if config.use_distillation_head:
+        logits = (logits + linear(x[:, 1], "distillation_classifier")) / 2
+    return logits
+
+
+# ---------------------------------------------------------------------------------------------------------- rank plans
+
+
+@settings(max_examples=25, deadline=None)
+@given(configs())
+@torch.no_grad()
+def test_any_plan_computes_what_the_formulas_say(config: LowRankViTConfig):
+    pixels = make_pixels(config)
+    fused, eager = make_model(config), make_model(config, "eager")
+    expected = reference_logits(fused, pixels)
+    for logits in (
+        fused(pixels).logits,  # the last block for the read tokens only
+        eager(pixels).logits,
+        fused(pixels, output_hidden_states=True).logits,  # the last block for all tokens
+    ):
+        torch.testing.assert_close(logits.double(), expected, atol=2e-5, rtol=2e-5)
+    full = fused.vit(pixels).last_hidden_state
+    read = fused.vit(pixels, num_tokens_read=config.num_tokens_read).last_hidden_state
+    assert read.shape[1] == config.num_tokens_read
+    torch.testing.assert_close(read, full[:, : config.num_tokens_read], atol=1e-5, rtol=1e-5)
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(config=configs())
+def test_any_plan_loads_in_a_fresh_process(config, fresh, image_processor, tmp_path_factory):
+    model, pixels = make_model(config), make_pixels(config)
+    folder = tmp_path_factory.mktemp("plan") / "checkpoint"
+    save_checkpoint(model, image_processor, folder, record={}, card="")
+    stored = load_file(folder / "model.safetensors")
+    assert sum(tensor.numel() for tensor in stored.values()) == parameters_of_plan(config)
+    answer, outputs = fresh.load(folder, pixels)
+    with torch.no_grad():
+        assert torch.equal(outputs["logits"], model(pixels).logits)
+        assert torch.equal(outputs["tokens"], model.vit(pixels).last_hidden_state)
+    assert answer["mlp_widths"] == config.mlp_widths
+
+
+def test_auto_classes_in_a_fresh_process(fresh, image_processor, tmp_path: Path):
+    folder = tmp_path / "with--dashes.and dots"
+    save_checkpoint(make_model(ragged_config()), image_processor, folder, record={}, card="")
+    answer, _ = fresh.load(folder, make_pixels(ragged_config()))
+    assert answer["classes"] == ["LowRankViTConfig", "LowRankViTModel", "LowRankViTForImageClassification"]
+    assert all(name.startswith("transformers_modules.") for name in answer["modules"])
+    assert not answer["training"]
+    assert answer["image_processor"].startswith("ViTImageProcessor")
+    assert answer["size"] == {"height": 16, "width": 16}
+    complaints = fresh.errors.read_text().lower()  # of this folder and those before it
+    for words in ("newly initialized", "missing", "mismatch", "traceback", "not installed here"):
+        assert words not in complaints
+
+
+@settings(max_examples=25, deadline=None)
+@given(configs())
+def test_config_round_trip(config: LowRankViTConfig):
+    again = LowRankViTConfig.from_dict(json.loads(config.to_json_string(use_diff=False)))
+    assert again.to_dict() == config.to_dict()
+
+
+# ---------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_newer_format_is_refused(image_processor, tmp_path: Path):
+    save_checkpoint(make_model(ragged_config()), image_processor, tmp_path / "out", record={}, card="")
+    path = tmp_path / "out" / "config.json"
+    path.write_text(path.read_text().replace('"format_version": 1', f'"format_version": {FORMAT_VERSION + 1}'))
+    with pytest.raises(ValueError, match="format_version 2, but the code knows only up to 1"):
+        LowRankViTForImageClassification.from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"query_key_ranks": [[3, 7, 1]]}, "query_key_ranks must hold 2 lists"),
+        ({"value_output_ranks": [[3, 7], [1, 1]]}, "value_output_ranks must hold 2 lists.*of 3 ranks"),
+        ({"query_key_ranks": [[3, 7, 0], [1, 1, 1]]}, "query_key_ranks must be whole numbers from 1 to 12"),
+        ({"value_output_ranks": [[3, 7, 13], [1, 1, 1]]}, "value_output_ranks must be whole numbers from 1 to 12"),
+        ({"query_key_ranks": [[3, 7, 2.0], [1, 1, 1]]}, "must be whole numbers"),
+        ({"query_key_ranks": [[3, 7, True], [1, 1, 1]]}, "must be whole numbers"),
+        ({"mlp_widths": [6]}, "mlp_widths must hold 2 numbers"),
+        ({"mlp_widths": [6, 21]}, "mlp_widths must be whole numbers from 1 to 20"),
+        ({"use_distillation_head": True}, "needs use_distillation_token"),
+    ],
+)
+def test_invalid_plans_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        ragged_config(**fields)
+
+
+# ------------------------------------------------------------------------------------------- compilers and precisions
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@torch.no_grad()
+def test_compile_and_export_without_graph_break(attention):
+    model, pixels = make_model(ragged_config(), attention), make_pixels(ragged_config())
+    expected = model(pixels).logits
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(pixels).logits, expected)
+    exported = torch.export.export(model, (pixels,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},))
+    more = make_pixels(ragged_config(), batch=5)
+    torch.testing.assert_close(exported.module()(more).logits, model(more).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_load(dtype, image_processor, tmp_path: Path):
+    model, pixels = make_model(ragged_config()), make_pixels(ragged_config())
+    save_checkpoint(model, image_processor, tmp_path / "out", record={}, card="")
+    half = LowRankViTForImageClassification.from_pretrained(tmp_path / "out", dtype=dtype)
+    assert {parameter.dtype for parameter in half.parameters()} == {dtype}
+    logits = half(pixels).logits  # float32 pixels, as an image processor gives them
+    assert logits.dtype == dtype
+    torch.testing.assert_close(logits.float(), model(pixels).logits, atol=0.15, rtol=0.05)
