@@ -33,15 +33,13 @@ def size_chart(rows: Sequence[dict[str, Any]], dense: dict[str, Any], path: str 
     axes.plot(dense["parameters"], level, "D", color=_DENSE, markersize=6, label=f"dense: {level:.1f} %")
     axes.plot(sizes, values, "o-", color=_OURS, linewidth=2, markersize=6, label="compressed (parameters removed)")
     for row, size, value in zip(rows, sizes, values, strict=True):
-        text = f"{value:.1f} %\n(−{row['reduction']:.0%})".replace("%)", " %)")
-        axes.annotate(
-            text, (size, value), xytext=(0, -9), textcoords="offset points", ha="center", va="top", fontsize=8
-        )
+        text = f"{value:.1f} %\n(−{100 * row['reduction']:.0f} %)"
+        axes.annotate(text, (size, value), xytext=(6, -4), textcoords="offset points", va="top", fontsize=8)
     lowest, highest = min([*values, level]), max([*values, level])
     room = max(highest - lowest, 1.0)
     axes.set_ylim(max(lowest - 0.25 * room, -10), min(highest + 0.08 * room, 101 + 0.04 * room))
     axes.set_xlim(0, 1.06 * max([*sizes, dense["parameters"]]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:g} M"))
     axes.yaxis.set_major_locator(MaxNLocator(7))
     axes.set_xlabel("parameters")
     axes.set_ylabel(title)

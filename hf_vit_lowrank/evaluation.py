@@ -44,7 +44,7 @@ class TopKAccuracy(evaluate.Metric):
         return evaluate.MetricInfo(
             description="Top-1 and top-5 accuracy in percent.",
             citation="",
-            inputs_description="predictions: label indices ranked best first, one list each; references: label indices.",
+            inputs_description="predictions: label indices, best first, one list each; references: label indices.",
             features=Features({"predictions": Sequence(Value("int64")), "references": Value("int64")}),
         )
 

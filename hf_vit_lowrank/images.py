@@ -1,4 +1,4 @@
-"""Images from a data set to pixel batches: found, decoded, turned upright, prepared by the checkpoint's own processor."""
+"""From a data set to pixel batches: found, decoded, turned upright, prepared by the checkpoint's own processor."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ class ImageStream:
             try:
                 encoded = _encoded(row[self._image_column])
                 image = decode_image(encoded)
-            except _Unreadable as error:
+            except _UnreadableImageError as error:
                 self._skip(f"image {position}{_path_of(row[self._image_column])}: {error}")
                 continue
             digest.update(encoded)
@@ -137,8 +137,8 @@ class ImageStream:
     def _check_share(self, of: int) -> None:
         if len(self.skipped) > max(1, UNREADABLE_SHARE * of):
             raise UserError(
-                f"'{self._location}': {len(self.skipped)} images cannot be read (more than {UNREADABLE_SHARE:.0%} of {of}); "
-                f"repair or remove them: {'; '.join(self.skipped[:3])}."
+                f"'{self._location}': {len(self.skipped)} images cannot be read "
+                f"(more than {UNREADABLE_SHARE:.0%} of {of}): repair or remove {'; '.join(self.skipped[:3])}."
             )
 
     def _finish(self, tried: int, read: int) -> None:
@@ -154,7 +154,7 @@ class ImageStream:
 # ------------------------------------------------------------------------------------------------------------ decoding
 
 
-class _Unreadable(Exception):
+class _UnreadableImageError(Exception):
     """An image that cannot be decoded."""
 
 
@@ -165,7 +165,7 @@ def decode_image(encoded: bytes) -> Image.Image:
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # Pillow's readers raise nearly anything on a damaged file
-        raise _Unreadable(reason(error)) from error
+        raise _UnreadableImageError(reason(error)) from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -182,13 +182,13 @@ def _encoded(value: Any) -> bytes:
     if data is not None:
         return data
     if path is None:
-        raise _Unreadable("the cell is empty")
+        raise _UnreadableImageError("the cell is empty")
     if "://" in path:
         return _download(path)
     try:
         return Path(path).read_bytes()
     except OSError as error:
-        raise _Unreadable(reason(error)) from error
+        raise _UnreadableImageError(reason(error)) from error
 
 
 def _download(url: str) -> bytes:
@@ -558,8 +558,8 @@ def _prepare(images: list[Image.Image], image_processor: Any, positions: list[in
         return image_processor(images=images, return_tensors="pt")["pixel_values"].float()
     except ValueError as error:
         raise UserError(
-            f"images {positions[0]} to {positions[-1]}: the image processor fails, most often because it does not bring "
-            f"images to one size ({reason(error)})."
+            f"images {positions[0]} to {positions[-1]}: the image processor fails, most often because it does not "
+            f"bring images to one size ({reason(error)})."
         ) from error
 
 

@@ -18,9 +18,12 @@ _LOG_INTERVAL = 60.0  # seconds between two lines where stderr is no terminal
 _quiet: ContextVar[bool] = ContextVar("quiet", default=False)
 
 
-class quiet:
+def quiet() -> _Quiet:
     """Silence `track`: from the call on, or as `with quiet():` for the length of the block."""
+    return _Quiet()
 
+
+class _Quiet:
     def __init__(self) -> None:
         self._token = _quiet.set(True)
 

@@ -299,7 +299,7 @@ def test_empty_and_damaged_parquet_files_are_refused(tmp_path, seed):
     with pytest.raises(UserError, match="has no images"):
         open_images(parquet(tmp_path / "none", count=0), seed=seed)
     (tmp_path / "damaged.parquet").write_bytes(b"PAR1 and nothing more")
-    with pytest.raises(UserError, match="damaged.parquet': the parquet files cannot be read"):
+    with pytest.raises(UserError, match=r"damaged.parquet': the parquet files cannot be read"):
         open_images(tmp_path / "damaged.parquet", seed=seed)
 
 
@@ -363,10 +363,10 @@ def test_pixel_batches_keep_order_and_the_short_last_batch(tmp_path):
 
 def test_bad_pixels_are_refused(tmp_path):
     stream = open_images(image_folder(tmp_path / "set", "a.png", "b.png"), seed=None)
-    with pytest.raises(UserError, match="image 0: .*NaN or infinite"):
+    with pytest.raises(UserError, match=r"image 0: .*NaN or infinite"):
         list(pixel_batches(stream, ViTImageProcessorPil(image_mean=[float("nan")] * 3), 2))
     (tmp_path / "set" / "b.png").write_bytes(encoded(Image.new("RGB", (9, 9))))
-    with pytest.raises(UserError, match="images 0 to 1: .*one size"):
+    with pytest.raises(UserError, match=r"images 0 to 1: .*one size"):
         list(pixel_batches(stream, ViTImageProcessorPil(do_resize=False), 2))
 
 

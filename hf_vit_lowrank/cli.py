@@ -1,0 +1,450 @@
+"""The command line: `hf-vit-lowrank compress | plan | sweep | evaluate | demo`."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import traceback
+from collections.abc import Callable
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import RunError, UserError, reason
+
+# Everything that needs time to import is imported inside the commands.
+if TYPE_CHECKING:
+    from .images import ImageStream
+    from .recipe import CompressionRecipe
+
+app = typer.Typer(
+    name="hf-vit-lowrank",
+    help="Make a Vision Transformer of the Hugging Face Hub smaller, from images without labels.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Cost(str, Enum):
+    parameters = "parameters"
+    flops = "flops"
+
+
+class Compensation(str, Enum):
+    none = "none"
+    closed_form = "closed-form"
+
+
+# ------------------------------------------------------------------------------------- the options, each defined once
+
+
+def _option(help: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=help, **settings)
+
+
+_SIZE, _IMAGES, _RUN = ({"rich_help_panel": panel} for panel in ("How small (give exactly one)", "Images", "Run"))
+
+Source = Annotated[str, typer.Argument(help="ViT or DeiT classifier: a hub id or a folder.", show_default=False)]
+Revision = Annotated[str | None, _option("Branch, tag or commit of the source on the hub.", **_RUN)]
+AllowPickle = Annotated[
+    bool, _option("Also read pickled weights (pytorch_model.bin), of authors you trust.", "--allow-pickle", **_RUN)
+]
+
+Reduction = Annotated[float | None, _option("Share of the parameters (see --cost) to remove: 0.6 is 60 %.", **_SIZE)]
+MaxParameters = Annotated[
+    str | None, _option("Most parameters the result may have.", metavar="NUMBER, 34.6M or 900k", **_SIZE)
+]
+Match = Annotated[str | None, _option("As small as this model (hub id or folder).", **_SIZE)]
+MinAgreement = Annotated[
+    float | None,
+    _option("Smallest model that keeps this share of the dense model's predictions on held-back images.", **_SIZE),
+]
+
+Calibration = Annotated[
+    str,
+    _option(
+        "Images, labels unused: a data set on the hub, a folder, a parquet file or a data set saved to disk.",
+        show_default=False,
+        **_IMAGES,
+    ),
+]
+Split = Annotated[str | None, _option("Split of the data set.", **_IMAGES)]
+Config = Annotated[str | None, _option("Configuration of the data set on the hub.", **_IMAGES)]
+ImageColumn = Annotated[str | None, _option("Column with the images, where there are several.", **_IMAGES)]
+LabelColumn = Annotated[str | None, _option("Column with the labels.", **_IMAGES)]
+Samples = Annotated[int, _option("Calibration images to use.", min=1, **_IMAGES)]
+OptionalDataset = Annotated[
+    str | None, _option("Images with labels to measure on (default: the calibration images).", **_IMAGES)
+]
+DatasetSplit = Annotated[str | None, _option("Split of --dataset.", **_IMAGES)]
+DatasetConfig = Annotated[str | None, _option("Configuration of --dataset.", **_IMAGES)]
+
+CostOption = Annotated[Cost, _option("What the budget counts, and what ranks compete for.")]
+CompensationOption = Annotated[Compensation, _option("Refit the remaining weights, block by block, or not.")]
+QueryKeyWeight = Annotated[float, _option("Factor on the error curves of query and key, which predict too little.")]
+
+Seed = Annotated[int, _option("Seed of the choice of images.", min=0, **_RUN)]
+BatchSize = Annotated[int, _option("Images at once.", min=1, **_RUN)]
+Device = Annotated[str | None, _option("cpu, cuda, mps … (default: the best one here).", **_RUN)]
+Output = Annotated[Path, _option("Folder to write.", show_default=False, **_RUN)]
+Overwrite = Annotated[bool, _option("Replace what an earlier run wrote to the folder.", "--overwrite", **_RUN)]
+Json = Annotated[Path | None, _option("Also write the figures to this file.", metavar="FILE", **_RUN)]
+Quiet = Annotated[bool, _option("Print nothing but warnings and errors.", "--quiet", "-q", **_RUN)]
+Debug = Annotated[bool, _option("Show the traceback of an error.", "--debug", **_RUN)]
+
+
+# ---------------------------------------------------------------------------------------------------------- the errors
+
+
+def _command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Register a command whose errors become one sentence on stderr and an exit code (2: bad input, 1: failed)."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def run(**options: Any) -> None:
+            try:
+                _set_up_output(options["quiet"])
+                function(**options)
+            except typer.Exit:
+                raise
+            except (Exception, KeyboardInterrupt) as error:
+                if options["debug"]:
+                    traceback.print_exc()
+                code, sentence = _verdict(error)
+                print(sentence, file=sys.stderr)
+                raise typer.Exit(code) from None
+
+        app.command(epilog=f"Example: {example}")(run)
+        return function
+
+    return register
+
+
+def _verdict(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, UserError):
+        return 2, f"Error: {error}"
+    if isinstance(error, RunError):
+        return 1, f"Error: {error}"
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "Interrupted."
+    return 1, f"Error: {type(error).__name__}: {reason(error)}; run again with --debug for the traceback."
+
+
+def _set_up_output(quiet: bool) -> None:
+    import datasets
+    import transformers
+
+    from . import progress
+
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    # One progress bar is enough: ours.
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    if quiet:
+        progress.quiet()
+
+
+# -------------------------------------------------------------------------------------------------------- the commands
+
+
+@_command(
+    "hf-vit-lowrank compress facebook/deit-base-patch16-224 --calibration imagenet-1k --split train --reduction 0.6 "
+    "--output deit-b-lowrank60"
+)
+def compress(
+    source: Source,
+    calibration: Calibration,
+    output: Output,
+    reduction: Reduction = None,
+    max_parameters: MaxParameters = None,
+    match: Match = None,
+    min_agreement: MinAgreement = None,
+    split: Split = None,
+    config: Config = None,
+    image_column: ImageColumn = None,
+    samples: Samples = 1024,
+    cost: CostOption = Cost.parameters,
+    compensation: CompensationOption = Compensation.closed_form,
+    query_key_weight: QueryKeyWeight = 4.0,
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    device: Device = None,
+    revision: Revision = None,
+    allow_pickle: AllowPickle = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compress a checkpoint and save the result, which loads with trust_remote_code wherever transformers is."""
+    from . import tables
+    from .checkpoint import check_target
+    from .compress import compress as run
+
+    recipe = _recipe(
+        reduction, max_parameters, match, min_agreement, cost, compensation, samples, batch_size, seed, query_key_weight
+    )
+    _refuse_source(output, source)
+    check_target(output, 0, overwrite=overwrite)
+    images = _calibration_images(calibration, config, split, image_column, recipe)
+    result = run(source, images, recipe, revision=revision, allow_pickle=allow_pickle, device=device)
+    result.save_pretrained(output, overwrite=overwrite)
+    if not quiet:
+        tables.show_compression(result.report, output)
+
+
+@_command("hf-vit-lowrank plan facebook/deit-base-patch16-224 --calibration imagenet-1k --split train --reduction 0.6")
+def plan(
+    source: Source,
+    calibration: Calibration,
+    reduction: Reduction = None,
+    max_parameters: MaxParameters = None,
+    match: Match = None,
+    min_agreement: MinAgreement = None,
+    split: Split = None,
+    config: Config = None,
+    image_column: ImageColumn = None,
+    samples: Samples = 1024,
+    cost: CostOption = Cost.parameters,
+    compensation: CompensationOption = Compensation.closed_form,
+    query_key_weight: QueryKeyWeight = 4.0,
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    device: Device = None,
+    revision: Revision = None,
+    allow_pickle: AllowPickle = False,
+    json: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show the ranks, sizes, predicted loss and time that `compress` would come to, without compressing."""
+    from . import tables
+    from .compress import plan as run
+
+    recipe = _recipe(
+        reduction, max_parameters, match, min_agreement, cost, compensation, samples, batch_size, seed, query_key_weight
+    )
+    _check_file(json)
+    images = _calibration_images(calibration, config, split, image_column, recipe)
+    report = run(source, images, recipe, revision=revision, allow_pickle=allow_pickle, device=device)
+    if json:
+        json.write_text(tables.as_json(report))
+    if not quiet:
+        tables.show_plan(report)
+
+
+@_command(
+    "hf-vit-lowrank sweep facebook/deit-base-patch16-224 --calibration imagenet-1k:train --dataset "
+    "imagenet-1k:validation --reductions 0.2,0.4,0.6 --output sweep"
+)
+def sweep(
+    source: Source,
+    calibration: Calibration,
+    reductions: Annotated[str, _option("Reductions, with commas.", metavar="0.2,0.4,…", show_default=False, **_SIZE)],
+    output: Output,
+    dataset: OptionalDataset = None,
+    dataset_split: DatasetSplit = None,
+    dataset_config: DatasetConfig = None,
+    label_column: LabelColumn = None,
+    split: Split = None,
+    config: Config = None,
+    image_column: ImageColumn = None,
+    samples: Samples = 1024,
+    cost: CostOption = Cost.parameters,
+    compensation: CompensationOption = Compensation.closed_form,
+    query_key_weight: QueryKeyWeight = 4.0,
+    seed: Seed = 0,
+    batch_size: BatchSize = 32,
+    device: Device = None,
+    revision: Revision = None,
+    allow_pickle: AllowPickle = False,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compress to many sizes from one pass of statistics; writes a table (JSON, Markdown) and a chart."""
+    from . import tables
+    from .compress import sweep as run
+    from .images import open_images
+
+    sizes = _parse_reductions(reductions)
+    recipe = _recipe(sizes[0], None, None, None, cost, compensation, samples, batch_size, seed, query_key_weight)
+    _refuse_source(output, source)
+    _check_folder(output, overwrite)
+    images = _calibration_images(calibration, config, split, image_column, recipe)
+    measured = dataset and open_images(
+        dataset, config=dataset_config, split=dataset_split, label_column=label_column, seed=None
+    )
+    rows = run(
+        source,
+        images,
+        sizes,
+        recipe,
+        dataset=measured or None,
+        output=output,
+        revision=revision,
+        allow_pickle=allow_pickle,
+        device=device,
+    )
+    if not quiet:
+        tables.show_sweep(rows, output)
+
+
+@_command(
+    "hf-vit-lowrank evaluate deit-b-lowrank60 --dataset imagenet-1k --split validation --against "
+    "facebook/deit-base-patch16-224"
+)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Compressed or dense classifier: a folder or a hub id.")],
+    dataset: Annotated[str, _option("Images with labels, in any form that --calibration takes.", **_IMAGES)],
+    split: Split = None,
+    config: Config = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    samples: Annotated[int | None, _option("Use the first images only.", min=1, **_IMAGES)] = None,
+    against: Annotated[str | None, _option("Dense model to compare with.", **_RUN)] = None,
+    batch_size: BatchSize = 32,
+    device: Device = None,
+    revision: Revision = None,
+    json: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Measure accuracy, size, work and speed of a classifier; classes are matched by name."""
+    from . import tables
+    from .evaluation import evaluate_classifier, load_classifier
+    from .images import open_images
+
+    _check_file(json)
+    images = open_images(
+        dataset,
+        config=config,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        samples=samples,
+        seed=None,
+    )
+    classifier, image_processor = load_classifier(model, revision=revision)
+    dense = load_classifier(against) if against else None
+    report = evaluate_classifier(
+        classifier, image_processor, images, batch_size=batch_size, device=device, against=dense
+    )
+    if json:
+        json.write_text(report.to_json())
+    if not quiet:
+        tables.show_evaluation(report.to_dict())
+
+
+@_command("hf-vit-lowrank demo --output demo-output")
+def demo(
+    output: Annotated[Path, _option("Folder to write.", **_RUN)] = Path("demo-output"),
+    reduction: Annotated[float, _option("Share of the parameters to remove.", **_SIZE)] = 0.6,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train a small ViT on handwritten digits (a minute, once), compress it and measure both."""
+    from .demo import run_demo
+
+    _check_folder(output, overwrite)
+    run_demo(output, reduction, show=not quiet)
+
+
+# ---------------------------------------------------------------------------------------------------- checks of options
+
+
+def _recipe(
+    reduction: float | None,
+    max_parameters: str | None,
+    match: str | None,
+    min_agreement: float | None,
+    cost: Cost,
+    compensation: Compensation,
+    samples: int,
+    batch_size: int,
+    seed: int,
+    query_key_weight: float,
+) -> CompressionRecipe:
+    from .recipe import CompressionRecipe
+
+    targets = {
+        "--reduction": reduction,
+        "--max-parameters": max_parameters,
+        "--match": match,
+        "--min-agreement": min_agreement,
+    }
+    given = [name for name, value in targets.items() if value is not None]
+    if len(given) != 1:
+        raise UserError(f"Say how small by exactly one of {', '.join(targets)} (given: {', '.join(given) or 'none'}).")
+    return CompressionRecipe(
+        reduction=reduction,
+        max_parameters=None if max_parameters is None else _parse_count(max_parameters),
+        match=match,
+        min_agreement=min_agreement,
+        cost=cost.value,
+        compensation=compensation.value,
+        samples=samples,
+        batch_size=batch_size,
+        seed=seed,
+        query_key_weight=query_key_weight,
+    )
+
+
+def _parse_count(text: str) -> int:
+    """ "34.6M" as 34600000."""
+    units = {"k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9}
+    unit = units.get(text[-1:].lower())
+    try:
+        return round(float(text[:-1] if unit else text) * (unit or 1))
+    except (ValueError, OverflowError):
+        raise UserError(f"--max-parameters '{text}' is no number of parameters: write 34600000 or 34.6M.") from None
+
+
+def _parse_reductions(text: str) -> list[float]:
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--reductions '{text}' are not numbers with commas: write 0.2,0.4,0.6.") from None
+    wrong = [value for value in values if not 0 <= value < 1]
+    if wrong:
+        raise UserError(f"--reductions must be from 0 up to, but not, 1; {wrong[0]:g} is not.")
+    return values
+
+
+def _calibration_images(
+    location: str, config: str | None, split: str | None, image_column: str | None, recipe: CompressionRecipe
+) -> ImageStream:
+    from .images import open_images
+
+    return open_images(
+        location, config=config, split=split, image_column=image_column, samples=recipe.samples, seed=recipe.seed
+    )
+
+
+def _refuse_source(output: Path, source: str) -> None:
+    target, folder = output.resolve(), Path(source).resolve()
+    if folder.exists() and (target == folder or target in folder.parents):
+        raise UserError(f"--output '{output}' is the source or holds it, and the source is never written to.")
+
+
+def _check_folder(folder: Path, overwrite: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--output '{folder}' is a file: choose a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise UserError(f"--output '{folder}' is not empty: choose another folder, or pass --overwrite.")
+
+
+def _check_file(file: Path | None) -> None:
+    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+        raise UserError(f"--json '{file}' cannot be written: it is a folder, or its folder does not exist.")
+
+
+def main() -> None:
+    """Entry point of `hf-vit-lowrank` and of `python -m hf_vit_lowrank`."""
+    app()
