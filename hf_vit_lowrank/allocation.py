@@ -24,7 +24,7 @@ class ErrorCurve:
         return len(self.errors) - 1
 
 
-class ImpossibleBudget(Exception):
+class ImpossibleBudgetError(Exception):
     """The budget lies below the cost of the smallest sizes; `smallest_cost` says what that is."""
 
     def __init__(self, smallest_cost: int):
@@ -39,12 +39,12 @@ def allocate(curves: Sequence[ErrorCurve], budget: int) -> list[int]:
     for the hulls whenever the budget ends on a step); what is left is used up by single units of the best saving.
 
     Raises:
-        ImpossibleBudget: even the smallest sizes cost more.
+        ImpossibleBudgetError: even the smallest sizes cost more.
     """
     sizes = [curve.smallest for curve in curves]
     left = budget - sum(curve.smallest * curve.unit_cost for curve in curves)
     if left < 0:
-        raise ImpossibleBudget(budget - left)
+        raise ImpossibleBudgetError(budget - left)
     steps = [(-slope, piece, size) for piece, curve in enumerate(curves) for slope, size in _hull_steps(curve)]
     for _, piece, size in sorted(steps):
         cost = (size - sizes[piece]) * curves[piece].unit_cost

@@ -181,11 +181,17 @@ def _verify(folder: Path, model: LowRankViTForImageClassification, image_process
     sizes = [sum(parameter.numel() for parameter in one.parameters()) for one in (again, model)]
     if sizes[0] != sizes[1]:
         raise RunError(f"The checkpoint was written, but has {sizes[0]} parameters where the model has {sizes[1]}.")
-    torch.nn.Module.to(again, model.device)
+    # Copied, since where a tensor starts in memory can change the last bit of a product: the file's are packed.
+    _copy_parameters(again, model.device)
     if not torch.equal(_probe(again), _probe(model)):
         raise RunError("The checkpoint was written, but gives other logits than the model in memory.")
     if processor_again.to_dict() != image_processor.to_dict():
         raise RunError("The checkpoint was written, but its image processor differs from the one in memory.")
+
+
+def _copy_parameters(model: torch.nn.Module, device: torch.device) -> None:
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone().to(device)
 
 
 @torch.no_grad()

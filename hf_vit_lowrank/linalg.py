@@ -17,3 +17,13 @@ def square_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
     root = torch.where(kept, values, 0.0).sqrt()
     inverse = torch.where(kept, values, 1.0).rsqrt() * kept
     return (vectors * root.unsqueeze(-2)) @ vectors.mT, (vectors * inverse.unsqueeze(-2)) @ vectors.mT
+
+
+def ridge_solve(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """Least squares: the map (m, n) from inputs of covariance (n, n) to targets, cross (n, m) = Cov(inputs, targets).
+
+    By eigh, so that dead and dependent inputs get zero or shared weights instead of an error.
+    """
+    values, vectors = torch.linalg.eigh(covariance)
+    floor = max(ridge, RELATIVE_FLOOR) * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return ((vectors / (values.clamp_min(0.0) + floor)) @ (vectors.mT @ cross)).mT

@@ -34,8 +34,8 @@ class Moments:
     def add(self, values: Tensor) -> None:
         """values: (..., tokens, n), one leading shape as in `zeros`."""
         self.count += values.shape[-2]
-        self.first += values.sum(-2).double().cpu()
-        self.second += (values.transpose(-1, -2) @ values).double().cpu()
+        self.first += values.sum(-2).cpu().double()
+        self.second += (values.transpose(-1, -2) @ values).cpu().double()
 
     def plus(self, other: Moments, weight: float) -> Moments:
         """self + weight · other."""
@@ -65,7 +65,13 @@ class TokenGroups:
         self.other.add(_images_inside(values[..., num_read:, :]))
 
     def weighted(self, token_weight: float) -> Moments:
+        """One set of moments in which a read token counts 1 and any other `token_weight`."""
         return self.read.plus(self.other, token_weight)
+
+    @property
+    def count(self) -> float:
+        """Tokens of both groups."""
+        return self.read.count + self.other.count
 
 
 def _images_inside(values: Tensor) -> Tensor:
@@ -77,11 +83,12 @@ def _images_inside(values: Tensor) -> Tensor:
 class BlockStatistics:
     """The moments of one block; e is the head size, d the hidden size, w the MLP width, sums run over all images.
 
-    query, context, hidden: token groups of the queries (heads, e), of the concatenated contexts (heads · e), and of the
+    images: their number. query, context, hidden: token groups of the queries (heads, e), of the concatenated contexts (heads · e), and of the
     MLP's hidden units (w). key: keys centred within each image (heads, e, e). score_gradient: sum of (∂loss/∂s_ij)² per
     head. attention_gradient, mlp_gradient: token groups of the loss gradient at the block's two outputs (d).
     """
 
+    images: int
     query: TokenGroups
     key: Tensor
     context: TokenGroups
@@ -93,6 +100,7 @@ class BlockStatistics:
     @classmethod
     def zeros(cls, heads: int, head_size: int, hidden_size: int, width: int) -> BlockStatistics:
         return cls(
+            images=0,
             query=TokenGroups.zeros(heads, head_size),
             key=torch.zeros(heads, head_size, head_size, dtype=torch.float64),
             context=TokenGroups.zeros(heads * head_size),
@@ -132,12 +140,10 @@ def collect_statistics(
         BlockStatistics.zeros(heads, head_size, config.hidden_size, config.intermediate_size) for _ in model.vit.blocks
     ]
     generator = torch.Generator().manual_seed(seed)
-    images = 0
     for batch in embeddings:
-        images += batch.shape[0]
         for block_statistics, trace in zip(statistics, _traced_backward(model, batch, generator), strict=True):
             _add(block_statistics, trace, config.num_tokens_read)
-    if images == 0:
+    if statistics[0].images == 0:
         raise RunError("No calibration image was seen: the calibration data are empty.")
     return statistics
 
@@ -195,11 +201,12 @@ def _traced_block(block: LowRankViTBlock, stream: Tensor) -> _Trace:
 @torch.no_grad()
 def _add(statistics: BlockStatistics, trace: _Trace, num_read: int) -> None:
     score_gradient, attention_gradient, mlp_gradient = trace.gradients
+    statistics.images += trace.query.shape[0]
     statistics.query.add(trace.query, num_read)
     centred = trace.key - trace.key.mean(-2, keepdim=True)
-    statistics.key += (centred.transpose(-1, -2) @ centred).sum(0).double().cpu()
+    statistics.key += (centred.transpose(-1, -2) @ centred).sum(0).cpu().double()
     statistics.context.add(trace.context, num_read)
     statistics.hidden.add(trace.hidden, num_read)
-    statistics.score_gradient += score_gradient.square().sum((0, 2, 3)).double().cpu()
+    statistics.score_gradient += score_gradient.square().sum((0, 2, 3)).cpu().double()
     statistics.attention_gradient.add(attention_gradient, num_read)
     statistics.mlp_gradient.add(mlp_gradient, num_read)

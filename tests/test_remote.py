@@ -43,6 +43,8 @@ for line in sys.stdin:
     with torch.no_grad():
         model = AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)
         encoder = AutoModel.from_pretrained(folder, trust_remote_code=True)
+        for parameter in (*model.parameters(), *encoder.parameters()):
+            parameter.data = parameter.data.clone()  # packed as in the file, products may differ in their last bit
         results = {"logits": model(pixels).logits, "tokens": encoder(pixels).last_hidden_state}
     save_file(results, folder + "/results")
     config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
@@ -64,15 +66,16 @@ class FreshProcess:
     def __init__(self, home: Path):
         self.errors = home / "stderr"
         environment = {**os.environ, "HF_HOME": str(home / "hf"), "HF_HUB_OFFLINE": "1"}
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-c", WORKER, str(torch.get_num_threads())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.errors.open("w"),
-            text=True,
-            cwd=home,
-            env=environment,
-        )
+        with self.errors.open("w") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-c", WORKER, str(torch.get_num_threads())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                cwd=home,
+                env=environment,
+            )
 
     def load(self, folder: Path, pixels: torch.Tensor) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """What the Auto classes make of a folder, and the outputs on these pixels."""

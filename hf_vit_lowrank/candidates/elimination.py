@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..linalg import ridge_solve
+
 _BLOCK = 64
 
 
@@ -35,7 +37,7 @@ def eliminate(weight: Tensor, covariance: Tensor, root: Tensor, ridge: float) ->
     """
     size = weight.shape[1]
     values = root @ weight
-    inverse = _inverse(covariance, ridge)
+    inverse = ridge_solve(covariance, torch.eye(size, dtype=torch.float64), ridge)
     alive = torch.ones(size, dtype=torch.bool)
     norms, pivots = values.square().sum(0), inverse.diagonal().clone()
     order, steps = [], []
@@ -65,8 +67,3 @@ def eliminate(weight: Tensor, covariance: Tensor, root: Tensor, ridge: float) ->
     errors = torch.tensor([0.0, *steps], dtype=torch.float64).cumsum(0).flip(0)
     return Elimination(torch.tensor(order), errors)
 
-
-def _inverse(covariance: Tensor, ridge: float) -> Tensor:
-    values, vectors = torch.linalg.eigh(covariance)
-    floor = ridge * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    return (vectors / (values.clamp_min(0.0) + floor)) @ vectors.mT

@@ -13,7 +13,7 @@ class LowRankViTConfig(PretrainedConfig):
 
     Args:
         query_key_ranks: per layer and head, the inner size of the query-key product (at most the dense head size).
-        value_output_ranks: per layer and head, the inner size of the value-output product.
+        value_output_ranks: per layer and head, the inner size of the value-output product; a head may have none left.
         mlp_widths: per layer, the number of hidden units of the MLP.
         use_distillation_token: a second prefix token, as in DeiT.
         use_distillation_head: a second classifier that reads the distillation token; the logits are averaged.
@@ -96,13 +96,15 @@ class LowRankViTConfig(PretrainedConfig):
                 raise ValueError(
                     f"{name} must hold {self.num_hidden_layers} lists (layers) of {self.num_attention_heads} ranks (heads)."
                 )
-            if any(not _is_count(rank, self.hidden_size) for layer in ranks for rank in layer):
-                raise ValueError(f"{name} must be whole numbers from 1 to {self.hidden_size}.")
+            if any(not _is_count(rank, 0, self.hidden_size) for layer in ranks for rank in layer):
+                raise ValueError(f"{name} must be whole numbers from 0 to {self.hidden_size}.")
+            if any(sum(layer) == 0 for layer in ranks):
+                raise ValueError(f"{name} must leave at least one rank in each layer.")
         if len(self.mlp_widths) != self.num_hidden_layers:
             raise ValueError(f"mlp_widths must hold {self.num_hidden_layers} numbers, one per layer.")
-        if any(not _is_count(width, self.intermediate_size) for width in self.mlp_widths):
+        if any(not _is_count(width, 1, self.intermediate_size) for width in self.mlp_widths):
             raise ValueError(f"mlp_widths must be whole numbers from 1 to {self.intermediate_size}.")
 
 
-def _is_count(value, largest: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= largest
+def _is_count(value, smallest: int, largest: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= largest

@@ -117,6 +117,13 @@ class LowRankViTAttention(nn.Module):
         self, hidden_states: torch.Tensor, num_queries: int | None = None, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(batch, tokens, hidden) to (batch, queries, hidden); only the first `num_queries` tokens ask if given."""
+        context, attention = self.context(hidden_states, num_queries, output_attentions)
+        return self.output(context), attention
+
+    def context(
+        self, hidden_states: torch.Tensor, num_queries: int | None = None, output_attentions: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the output weight reads, the attention-averaged values: (batch, queries, sum of value-output ranks)."""
         query = self.query(hidden_states[:, :num_queries])
         key, value = self.key_value(hidden_states).split(
             [sum(self.query_key_ranks), sum(self.value_output_ranks)], dim=-1
@@ -125,7 +132,7 @@ class LowRankViTAttention(nn.Module):
             context, attention = self._fused(query, key, value), None
         else:
             context, attention = self._eager(query, key, value)
-        return self.output(merge_heads(context, self.value_output_ranks)), attention
+        return merge_heads(context, self.value_output_ranks), attention
 
     def _fused(self, query, key, value) -> torch.Tensor:
         # The fused kernels want one head size for all three, a multiple of 8 on most devices.

@@ -1,0 +1,1 @@
+"""Ways to win back what shrinking lost, from cheap to dear."""

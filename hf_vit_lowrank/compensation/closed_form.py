@@ -1,0 +1,154 @@
+"""Refit a smaller model block by block, by least squares, so that its stream meets the dense stream (design 3.5.1).
+
+Two streams of tokens run side by side through the blocks: the dense model's and the smaller model's. In each block the
+output weight, then the down weight, is fitted to (dense stream after - smaller stream before), so that the drift of
+earlier blocks is corrected and not passed on. The MLP's units are chosen on the smaller stream, where they will work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..candidates.block import output_metric
+from ..candidates.mlp_width import mlp_width_candidate
+from ..linalg import ridge_solve
+from ..progress import track
+from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
+from ..statistics import BlockStatistics, Moments, TokenGroups, token_weight
+from ..surgery import keep_units, set_linear
+
+OUTPUT_RIDGE = 1e-4
+DOWN_RIDGE = 1e-5
+
+
+@dataclass(frozen=True)
+class BlockDrift:
+    """Mean squared distance of the smaller stream from the dense one, in the tokens that the classifier reads, relative
+    to the variance of the dense stream over images: after the block's attention and after its MLP."""
+
+    after_attention: float
+    after_mlp: float
+
+
+@torch.no_grad()
+def compensate_closed_form(
+    dense: LowRankViTForImageClassification,
+    small: LowRankViTForImageClassification,
+    statistics: Sequence[BlockStatistics],
+    embeddings: Sequence[Tensor],
+) -> list[BlockDrift]:
+    """Refit `small` in place on batches of embeddings (images, tokens, d), which both models share.
+
+    Holds two streams in memory, each of the size of `embeddings`.
+    """
+    num_read, layers = dense.config.num_tokens_read, len(dense.vit.blocks)
+    dense_stream, small_stream = list(embeddings), list(embeddings)
+    drifts = []
+    blocks = zip(dense.vit.blocks, small.vit.blocks, statistics, strict=True)
+    for layer, (source, block, moments) in enumerate(track(blocks, "Compensating", layers, "blocks")):
+        # Nothing reads the other tokens after the last block.
+        queries = num_read if layer == layers - 1 else None
+        _refit_attention(source, block, moments, dense_stream, small_stream, queries, num_read)
+        after_attention = _drift(dense_stream, small_stream, num_read)
+        _refit_mlp(source, block, moments, dense_stream, small_stream, num_read)
+        drifts.append(BlockDrift(after_attention, _drift(dense_stream, small_stream, num_read)))
+    return drifts
+
+
+def _refit_attention(
+    source: LowRankViTBlock,
+    block: LowRankViTBlock,
+    statistics: BlockStatistics,
+    dense_stream: list[Tensor],
+    small_stream: list[Tensor],
+    queries: int | None,
+    num_read: int,
+) -> None:
+    """Fit the output weight; both streams are moved behind the attention, in place."""
+    output = block.attention.output
+    device = output.weight.device
+    fit = _Regression(output.in_features, output.out_features, token_weight(statistics.attention_gradient))
+    contexts = []
+    for index, (dense_batch, small_batch) in enumerate(zip(dense_stream, small_stream, strict=True)):
+        dense_batch, small_batch = dense_batch.to(device), small_batch.to(device)
+        update, _ = source.attention(source.attention_norm(dense_batch), queries)
+        dense_after = dense_batch[:, :queries] + update
+        context, _ = block.attention.context(block.attention_norm(small_batch), queries)
+        fit.add(context, dense_after - small_batch[:, :queries], num_read)
+        dense_stream[index], small_stream[index] = dense_after.cpu(), small_batch[:, :queries].cpu()
+        contexts.append(context.cpu())
+    set_linear(output, *fit.solve(OUTPUT_RIDGE, prior=output.weight))
+    for index, context in enumerate(contexts):
+        small_stream[index] = small_stream[index] + output(context.to(device)).cpu()
+
+
+def _refit_mlp(
+    source: LowRankViTBlock,
+    block: LowRankViTBlock,
+    statistics: BlockStatistics,
+    dense_stream: list[Tensor],
+    small_stream: list[Tensor],
+    num_read: int,
+) -> None:
+    """Fit the down weight on all units, choose the units, fit it on those; both streams are moved behind the MLP."""
+    down, mlp = block.mlp.down, source.mlp
+    device = down.weight.device
+    weight = token_weight(statistics.mlp_gradient)
+    fit = _Regression(mlp.down.in_features, down.out_features, weight)
+    for index, (dense_batch, small_batch) in enumerate(zip(dense_stream, small_stream, strict=True)):
+        dense_batch, small_batch = dense_batch.to(device), small_batch.to(device)
+        dense_after = dense_batch + mlp(source.mlp_norm(dense_batch))
+        hidden = mlp.activation(mlp.up(block.mlp_norm(small_batch)))
+        fit.add(hidden, dense_after - small_batch, num_read)
+        dense_stream[index] = dense_after.cpu()
+    full, bias = fit.solve(DOWN_RIDGE, prior=mlp.down.weight)
+    if down.in_features == mlp.down.in_features:
+        set_linear(down, full, bias)
+    else:
+        metric = output_metric(statistics.mlp_gradient, weight)
+        kept = mlp_width_candidate(full, fit.inputs.covariance(), metric).kept(down.in_features)
+        keep_units(block, source, kept, full, bias, fit.inputs)
+    for index, small_batch in enumerate(small_stream):
+        small_batch = small_batch.to(device)
+        small_stream[index] = (small_batch + block.mlp(block.mlp_norm(small_batch))).cpu()
+
+
+class _Regression:
+    """Weighted least squares with a bias, from sums over tokens."""
+
+    def __init__(self, inputs: int, targets: int, other_weight: float):
+        self.other_weight = other_weight
+        self.groups = TokenGroups.zeros(inputs)
+        self.cross = torch.zeros(inputs, targets, dtype=torch.float64)
+        self.target_sum = torch.zeros(targets, dtype=torch.float64)
+
+    def add(self, inputs: Tensor, targets: Tensor, num_read: int) -> None:
+        """(images, tokens, n) and (images, tokens, m)."""
+        self.groups.add(inputs, num_read)
+        for tokens, weight in ((slice(0, num_read), 1.0), (slice(num_read, None), self.other_weight)):
+            x, y = inputs[:, tokens].flatten(0, 1), targets[:, tokens].flatten(0, 1)
+            self.cross += weight * (x.mT @ y).cpu().double()
+            self.target_sum += weight * y.sum(0).cpu().double()
+
+    @property
+    def inputs(self) -> Moments:
+        return self.groups.weighted(self.other_weight)
+
+    def solve(self, ridge: float, prior: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight (m, n), drawn towards `prior` where the data say little, and bias (m,)."""
+        inputs, prior = self.inputs, prior.detach().cpu().double()
+        covariance = inputs.covariance()
+        cross = self.cross - torch.outer(inputs.first, self.target_sum) / inputs.count
+        weight = prior + ridge_solve(covariance, cross - covariance @ prior.mT, ridge)
+        return weight, (self.target_sum - weight @ inputs.first) / inputs.count
+
+
+def _drift(dense_stream: list[Tensor], small_stream: list[Tensor], num_read: int) -> float:
+    dense = torch.cat([batch[:, :num_read] for batch in dense_stream]).double()
+    small = torch.cat([batch[:, :num_read] for batch in small_stream]).double()
+    variance = (dense - dense.mean(0)).square().mean()
+    return float((small - dense).square().mean() / variance.clamp_min(torch.finfo(torch.float64).tiny))

@@ -1,0 +1,127 @@
+"""The sizes of every piece of a model, what they cost, and how a budget turns into them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .allocation import ImpossibleBudgetError, allocate
+from .candidates.block import BlockCandidates, UnitCosts
+from .errors import UserError
+from .remote.configuration_lowrank_vit import LowRankViTConfig
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """Per layer (and head): inner sizes of query-key, of value-output, and of the MLP. `predicted_loss` is their rise."""
+
+    query_key_ranks: list[list[int]]
+    value_output_ranks: list[list[int]]
+    mlp_widths: list[int]
+    predicted_loss: float
+
+    def apply(self, config: LowRankViTConfig) -> LowRankViTConfig:
+        """A copy of a configuration with these sizes."""
+        fields = config.to_dict()
+        fields.update(
+            query_key_ranks=self.query_key_ranks,
+            value_output_ranks=self.value_output_ranks,
+            mlp_widths=self.mlp_widths,
+        )
+        return LowRankViTConfig.from_dict(fields)
+
+
+def choose_ranks(
+    candidates: Sequence[BlockCandidates], costs: Sequence[UnitCosts], budget: int, query_key_weight: float
+) -> RankPlan:
+    """The plan with the least predicted loss whose pieces cost at most `budget` (the rest of the model not counted).
+
+    Raises:
+        ImpossibleBudgetError: the smallest sizes cost more.
+    """
+    per_block = [block.curves(cost, query_key_weight) for block, cost in zip(candidates, costs, strict=True)]
+    curves = [curve for block in per_block for curve in block]
+    sizes = allocate(curves, budget)
+    loss = sum(float(curve.errors[size]) for curve, size in zip(curves, sizes, strict=True))
+    pieces = [sizes[start : start + len(per_block[0])] for start in range(0, len(sizes), len(per_block[0]))]
+    return RankPlan(
+        query_key_ranks=[block[:-2] for block in pieces],
+        value_output_ranks=[
+            candidate.value_output.head_ranks(block[-2]) for candidate, block in zip(candidates, pieces, strict=True)
+        ],
+        mlp_widths=[block[-1] for block in pieces],
+        predicted_loss=loss,
+    )
+
+
+def budgeted_ranks(
+    candidates: Sequence[BlockCandidates], config: LowRankViTConfig, limit: int, cost: str, query_key_weight: float
+) -> RankPlan:
+    """The plan for a whole model of at most `limit` parameters or FLOPs.
+
+    Raises:
+        UserError: the limit lies below what the smallest ranks cost; says how much that is.
+    """
+    costs, fixed = model_costs(config, cost)
+    try:
+        return choose_ranks(candidates, costs, limit - fixed, query_key_weight)
+    except ImpossibleBudgetError as error:
+        raise UserError(
+            f"At most {limit:,} {cost} cannot be reached: with the smallest ranks this model still has "
+            f"{fixed + error.smallest_cost:,}; ask for at least that."
+        ) from error
+
+
+def model_costs(config: LowRankViTConfig, cost: str) -> tuple[list[UnitCosts], int]:
+    """Cost of a unit of size in each block, and of everything that has no size to choose, in this package's layout."""
+    return _parameter_costs(config) if cost == "parameters" else _flop_costs(config)
+
+
+def plan_cost(config: LowRankViTConfig, cost: str) -> int:
+    """Parameters or FLOPs of a model with the sizes of `config`; FLOPs are those of matrix products, unpadded."""
+    costs, fixed = model_costs(config, cost)
+    return fixed + sum(
+        unit.query_key * sum(query_key) + unit.value_output * sum(value_output) + unit.width * width
+        for unit, query_key, value_output, width in zip(
+            costs, config.query_key_ranks, config.value_output_ranks, config.mlp_widths, strict=True
+        )
+    )
+
+
+def _parameter_costs(config: LowRankViTConfig) -> tuple[list[UnitCosts], int]:
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    unit = UnitCosts(2 * hidden + int(config.qkv_bias), 2 * hidden, 2 * hidden + 1)
+    embeddings = hidden * (num_tokens(config) + config.num_prefix_tokens + _patch_values(config) + 1)
+    heads = config.num_tokens_read * config.num_labels * (hidden + 1)
+    norms_and_biases = layers * 6 * hidden + 2 * hidden
+    return [unit] * layers, embeddings + heads + norms_and_biases
+
+
+def _flop_costs(config: LowRankViTConfig) -> tuple[list[UnitCosts], int]:
+    hidden, tokens = config.hidden_size, num_tokens(config)
+
+    def unit(queries: int) -> UnitCosts:
+        pair = 2 * hidden * (queries + tokens) + 2 * queries * tokens
+        return UnitCosts(pair, pair, 4 * hidden * queries)
+
+    # The last block computes only the tokens that the classifier reads.
+    units = [unit(tokens)] * (config.num_hidden_layers - 1) + [unit(config.num_tokens_read)]
+    patches = tokens - config.num_prefix_tokens
+    fixed = 2 * hidden * (patches * _patch_values(config) + config.num_tokens_read * config.num_labels)
+    return units, fixed
+
+
+def num_tokens(config: LowRankViTConfig) -> int:
+    """Patches and prefix tokens of one image."""
+    height, width = _pair(config.image_size)
+    patch_height, patch_width = _pair(config.patch_size)
+    return (height // patch_height) * (width // patch_width) + config.num_prefix_tokens
+
+
+def _patch_values(config: LowRankViTConfig) -> int:
+    height, width = _pair(config.patch_size)
+    return config.num_channels * height * width
+
+
+def _pair(size: int | list[int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,0 +1,102 @@
+"""Model surgery: a smaller model from the dense one, its candidates and a rank plan, refitted on the dense moments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .candidates.block import BlockCandidates
+from .linalg import ridge_solve
+from .rank_plan import RankPlan
+from .remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
+from .statistics import BlockStatistics, Moments, token_weight
+
+REFIT_RIDGE = 1e-5
+
+
+def shrink(
+    dense: LowRankViTForImageClassification,
+    candidates: Sequence[BlockCandidates],
+    statistics: Sequence[BlockStatistics],
+    plan: RankPlan,
+) -> LowRankViTForImageClassification:
+    """A model with the sizes of `plan`; its output and down weights are refitted on the dense statistics alone.
+
+    What the plan leaves whole is copied as it is.
+    """
+    small = LowRankViTForImageClassification(plan.apply(dense.config)).to(dense.device).eval()
+    shapes = {name: tensor.shape for name, tensor in small.state_dict().items()}
+    same = {name: tensor for name, tensor in dense.state_dict().items() if shapes[name] == tensor.shape}
+    small.load_state_dict(same, strict=False)
+    for block, source, candidate, moments in zip(
+        small.vit.blocks, dense.vit.blocks, candidates, statistics, strict=True
+    ):
+        _shrink_attention(block, source, candidate, moments)
+        if block.mlp.up.out_features < source.mlp.up.out_features:
+            hidden = moments.hidden.weighted(token_weight(moments.mlp_gradient))
+            down, kept = source.mlp.down, candidate.width.kept(block.mlp.up.out_features)
+            keep_units(block, source, kept, down.weight, down.bias, hidden)
+    return small
+
+
+def keep_units(
+    small: LowRankViTBlock, dense: LowRankViTBlock, kept: Tensor, down: Tensor, bias: Tensor, hidden: Moments
+) -> None:
+    """Leave the MLP the units `kept`; its down weight is refitted to what `down` (d, w) and `bias` do with all of them.
+
+    hidden: moments of all w units.
+    """
+    selection = torch.eye(len(hidden.first), dtype=torch.float64)[kept]
+    weight, change = _refit(down, selection, hidden)
+    set_linear(small.mlp.up, dense.mlp.up.weight[kept], dense.mlp.up.bias[kept])
+    set_linear(small.mlp.down, weight, bias.detach().cpu().double() + change)
+
+
+@torch.no_grad()
+def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Write a weight and, if given, a bias, whatever their precision and device."""
+    linear.weight.copy_(weight)
+    if bias is not None:
+        linear.bias.copy_(bias)
+
+
+def _shrink_attention(
+    block: LowRankViTBlock, dense: LowRankViTBlock, candidates: BlockCandidates, statistics: BlockStatistics
+) -> None:
+    attention, source = block.attention, dense.attention
+    query, query_bias = source.query.weight.cpu().double(), source.query.bias
+    key, value = source.key_value.weight.cpu().double().split(
+        [sum(source.query_key_ranks), sum(source.value_output_ranks)]
+    )
+    if attention.query_key_ranks != source.query_key_ranks:
+        maps = [
+            candidate.maps(rank)
+            for candidate, rank in zip(candidates.query_key, attention.query_key_ranks, strict=True)
+        ]
+        query_map, key_map = (torch.block_diag(*side) for side in zip(*maps, strict=True))
+        query, key = query_map @ query, key_map @ key
+        query_bias = None if query_bias is None else query_map @ query_bias.cpu().double()
+    if attention.value_output_ranks != source.value_output_ranks:
+        kept = candidates.value_output.elimination.kept(sum(attention.value_output_ranks))
+        rotation = torch.block_diag(*candidates.value_output.basis)[kept]
+        contexts = statistics.context.weighted(token_weight(statistics.attention_gradient))
+        weight, change = _refit(source.output.weight, rotation, contexts)
+        value = rotation @ value
+        set_linear(attention.output, weight, source.output.bias.cpu().double() + change)
+    set_linear(attention.query, query, query_bias)
+    set_linear(attention.key_value, torch.cat((key, value)))
+
+
+def _refit(weight: Tensor, inputs: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
+    """Least squares: (W', b') such that W' (inputs @ x) + b' is nearest to weight @ x.
+
+    weight (m, n), inputs (k, n), moments of x (n). W' is (m, k), b' (m,).
+    """
+    weight = weight.detach().cpu().double()
+    covariance = moments.covariance()
+    seen = inputs @ covariance
+    refitted = ridge_solve(seen @ inputs.mT, seen @ weight.mT, REFIT_RIDGE)
+    mean = moments.first / moments.count
+    return refitted, weight @ mean - refitted @ (inputs @ mean)
