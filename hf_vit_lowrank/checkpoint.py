@@ -114,9 +114,7 @@ def load_checkpoint(folder: str | Path) -> tuple[LowRankViTForImageClassificatio
     return _load(Path(folder))
 
 
-def _load(
-    folder: Path, **model_options: Any
-) -> tuple[LowRankViTForImageClassification, Any, dict[str, Any]]:
+def _load(folder: Path, **model_options: Any) -> tuple[LowRankViTForImageClassification, Any, dict[str, Any]]:
     record = _read_record(folder)
     if record is None:
         raise UserError(f"'{folder}' is no checkpoint folder of hf-vit-lowrank: it has no valid {RECORD}.")
@@ -166,11 +164,19 @@ def _write_preprocessor(folder: Path, image_processor: Any, source: bytes | None
         if by_itself and "auto_map" not in values:
             (folder / PREPROCESSOR).write_bytes(source)
             try:
-                if load_image_processor(str(folder)).to_dict() == image_processor.to_dict():
+                if _settings(load_image_processor(str(folder))) == _settings(image_processor):
                     return
             except UserError:
                 pass
     image_processor.save_pretrained(folder)
+    values = json.loads((folder / PREPROCESSOR).read_bytes())
+    if values.pop("auto_map", None):
+        (folder / PREPROCESSOR).write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _settings(image_processor: Any) -> dict[str, Any]:
+    """What decides about pixels: transformers also keeps a source's reference to code, which we never follow."""
+    return {name: value for name, value in image_processor.to_dict().items() if name != "auto_map"}
 
 
 def _verify(folder: Path, model: LowRankViTForImageClassification, image_processor: Any) -> None:
@@ -185,7 +191,7 @@ def _verify(folder: Path, model: LowRankViTForImageClassification, image_process
     _copy_parameters(again, model.device)
     if not torch.equal(_probe(again), _probe(model)):
         raise RunError("The checkpoint was written, but gives other logits than the model in memory.")
-    if processor_again.to_dict() != image_processor.to_dict():
+    if _settings(processor_again) != _settings(image_processor):
         raise RunError("The checkpoint was written, but its image processor differs from the one in memory.")
 
 

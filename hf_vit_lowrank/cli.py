@@ -8,6 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from enum import Enum
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -137,17 +138,22 @@ def _verdict(error: BaseException) -> tuple[int, str]:
 
 def _set_up_output(quiet: bool) -> None:
     import datasets
+    import huggingface_hub
     import transformers
 
     from . import progress
 
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    # One progress bar is enough: ours.
-    transformers.utils.logging.set_verbosity_error()
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+    logging.getLogger(__package__).addHandler(handler)
+    # Our own messages and progress bars are enough; that of a download is the hub client's.
+    for library in (datasets, huggingface_hub, transformers):
+        library.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if quiet:
         progress.quiet()
+        huggingface_hub.utils.disable_progress_bars()
 
 
 # -------------------------------------------------------------------------------------------------------- the commands
@@ -233,7 +239,7 @@ def plan(
     images = _calibration_images(calibration, config, split, image_column, recipe)
     report = run(source, images, recipe, revision=revision, allow_pickle=allow_pickle, device=device)
     if json:
-        json.write_text(tables.as_json(report))
+        json.write_text(dumps(report, indent=2) + "\n")
     if not quiet:
         tables.show_plan(report)
 

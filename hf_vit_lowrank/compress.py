@@ -62,10 +62,14 @@ class CompressionResult:
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What any size is made from: the dense model, what the images told about it, and the images' embeddings."""
+    """What any size is made from: the dense model, what the images told about it, and the images' embeddings.
+
+    held_back: embeddings of images that nothing is fitted on; empty unless the recipe measures agreement.
+    """
 
     dense: DenseSource
-    embeddings: list[Tensor]
+    fitting: list[Tensor]
+    held_back: list[Tensor]
     statistics: list[BlockStatistics]
     candidates: list[BlockCandidates]
     calibration: dict[str, Any]
@@ -131,19 +135,19 @@ def calibrate(
         dense = load_dense(source, revision=revision, allow_pickle=allow_pickle)
         dense.model.to(pick_device(device)).requires_grad_(False)
     with _timed(seconds, "images"):
-        embeddings = _embed(dense, calibration, recipe.batch_size)
+        fitting, held_back = _embed(dense, calibration, recipe.batch_size), []
+        if recipe.min_agreement is not None:
+            fitting, held_back = _split(fitting)
     with _timed(seconds, "statistics"):
-        fitting = embeddings if recipe.min_agreement is None else _split(embeddings)[0]
-        total = sum(len(batch) for batch in fitting)
-        batches = track(fitting, "Statistics", total, size=len)
+        batches = track(fitting, "Statistics", sum(map(len, fitting)), size=len)
         statistics = collect_statistics(dense.model, batches, recipe.seed)
     with _timed(seconds, "candidates"):
         blocks = zip(dense.model.vit.blocks, statistics, strict=True)
         candidates = [
             block_candidates(*pair) for pair in track(blocks, "Error curves", len(dense.model.vit.blocks), "blocks")
         ]
-    about = {**calibration.description, "images": sum(map(len, embeddings)), "sha256": calibration.sha256}
-    return Calibrated(dense, embeddings, statistics, candidates, about, seconds)
+    about = {**calibration.description, "images": sum(map(len, fitting + held_back)), "sha256": calibration.sha256}
+    return Calibrated(dense, fitting, held_back, statistics, candidates, about, seconds)
 
 
 def build(calibrated: Calibrated, recipe: CompressionRecipe) -> CompressionResult:
@@ -154,9 +158,8 @@ def build(calibrated: Calibrated, recipe: CompressionRecipe) -> CompressionResul
     with _timed(seconds, "surgery"):
         model = shrink(dense.model, calibrated.candidates, calibrated.statistics, ranks)
     if recipe.compensation == "closed-form":
-        embeddings = calibrated.embeddings if recipe.min_agreement is None else _split(calibrated.embeddings)[0]
         with _timed(seconds, "compensation"):
-            drifts = compensate_closed_form(dense.model, model, calibrated.statistics, embeddings)
+            drifts = compensate_closed_form(dense.model, model, calibrated.statistics, calibrated.fitting)
         report["blocks"] = [asdict(drift) for drift in drifts]
     return CompressionResult(model.cpu(), dense.image_processor, report, dense.preprocessor_config)
 
@@ -230,7 +233,7 @@ def _split(embeddings: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 
 def _smallest_agreeing(calibrated: Calibrated, recipe: CompressionRecipe) -> CompressionResult:
     """The largest reduction, by bisection, whose model keeps `min_agreement` of the dense predictions held back."""
-    held_back = _split(calibrated.embeddings)[1]
+    held_back = calibrated.held_back
     expected = predictions(calibrated.dense.model, held_back)
     trials: list[dict[str, float]] = []
 

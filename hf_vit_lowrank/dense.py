@@ -182,12 +182,12 @@ def _block(state: dict[str, torch.Tensor], prefix: str, layer: int, config: Any)
     def weight(part: str) -> torch.Tensor:
         tensor = read(part, "weight")
         if tensor is None:
-            raise UserError(f"Block {layer} has no weight '{part}': its transformers release names it in an unknown way.")
+            raise UserError(f"Block {layer} has no weight '{part}': this transformers release names it in a new way.")
         return tensor
 
     scale = _head_size(config) ** -0.5
     output_bias, value_bias = read("output", "bias"), read("value", "bias")
-    if value_bias is not None:
+    if output_bias is not None and value_bias is not None:
         output_bias = output_bias + weight("output") @ value_bias
     block = {
         "attention.query.weight": weight("query") * scale,
@@ -198,12 +198,19 @@ def _block(state: dict[str, torch.Tensor], prefix: str, layer: int, config: Any)
     query_bias = read("query", "bias")
     if query_bias is not None:
         block["attention.query.bias"] = query_bias * scale
-    for ours, part in (("attention_norm", "attention_norm"), ("mlp_norm", "mlp_norm"), ("mlp.up", "up"), ("mlp.down", "down")):
+    for ours, part in (
+        ("attention_norm", "attention_norm"),
+        ("mlp_norm", "mlp_norm"),
+        ("mlp.up", "up"),
+        ("mlp.down", "down"),
+    ):
         block[f"{ours}.weight"], block[f"{ours}.bias"] = weight(part), read(part, "bias")
     return {f"vit.blocks.{layer}.{name}": tensor for name, tensor in block.items()}
 
 
-def _local_folder(source: str, revision: str | None, allow_pickle: bool, weights: bool = True) -> tuple[Path, str | None]:
+def _local_folder(
+    source: str, revision: str | None, allow_pickle: bool, weights: bool = True
+) -> tuple[Path, str | None]:
     """The folder that holds the checkpoint and, for a hub id, the commit it is at."""
     path = Path(source)
     if path.is_dir():
@@ -216,7 +223,7 @@ def _local_folder(source: str, revision: str | None, allow_pickle: bool, weights
     except HFValidationError as error:
         raise UserError(f"'{source}' is neither a folder nor a hub id of the form 'owner/name'.") from error
     except RepositoryNotFoundError as error:
-        raise UserError(f"'{source}' is neither a folder here nor a model on the hub (or a token is needed).") from error
+        raise UserError(f"'{source}' is neither a folder here nor a model on the hub (or needs a token).") from error
     except RevisionNotFoundError as error:
         raise UserError(f"'{source}' has no revision '{revision}': name a branch, tag or commit of it.") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

@@ -23,7 +23,7 @@ def model_card(record: dict[str, Any]) -> str:
 
     Text from outside (paths, ids) goes into code spans or Python literals, so it cannot change the page.
     """
-    source, evaluation = record["source"], record.get("evaluation")
+    source, evaluation = record["source"], record.get("evaluation") or {}
     repository = record.get("repository") or {}
     reduction = 1 - record["parameters"] / source["parameters"]
     template = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True).from_string(
@@ -40,8 +40,8 @@ def model_card(record: dict[str, Any]) -> str:
         repository=_literal(repository["id"]) if repository else None,
         revision=_literal(repository.get("revision") or "main"),
         rows=_rows(record),
-        evaluation=evaluation and _evaluation(evaluation),
-        has_accuracy=bool(evaluation) and evaluation.get("top1") is not None,
+        evaluation=_evaluation(evaluation) if evaluation else None,
+        has_accuracy=evaluation.get("top1") is not None,
         call=_call(record),
         versions=", ".join(f"{name} {version}" for name, version in sorted(record.get("versions", {}).items())),
     )

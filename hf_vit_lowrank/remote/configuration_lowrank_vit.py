@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from transformers.configuration_utils import PretrainedConfig
+from typing import Any
 
+from transformers.configuration_utils import PretrainedConfig
 
 FORMAT_VERSION = 1
 
@@ -47,7 +48,7 @@ class LowRankViTConfig(PretrainedConfig):
         value_output_ranks: list[list[int]] | None = None,
         mlp_widths: list[int] | None = None,
         format_version: int = FORMAT_VERSION,
-        **kwargs,
+        **kwargs: Any,
     ):
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers
@@ -94,7 +95,8 @@ class LowRankViTConfig(PretrainedConfig):
             ranks = getattr(self, name)
             if len(ranks) != self.num_hidden_layers or any(len(r) != self.num_attention_heads for r in ranks):
                 raise ValueError(
-                    f"{name} must hold {self.num_hidden_layers} lists (layers) of {self.num_attention_heads} ranks (heads)."
+                    f"{name} must hold {self.num_hidden_layers} lists (layers) of {self.num_attention_heads} ranks "
+                    "(heads)."
                 )
             if any(not _is_count(rank, 0, self.hidden_size) for layer in ranks for rank in layer):
                 raise ValueError(f"{name} must be whole numbers from 0 to {self.hidden_size}.")
@@ -106,5 +108,5 @@ class LowRankViTConfig(PretrainedConfig):
             raise ValueError(f"mlp_widths must be whole numbers from 1 to {self.intermediate_size}.")
 
 
-def _is_count(value, smallest: int, largest: int) -> bool:
+def _is_count(value: Any, smallest: int, largest: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= largest

@@ -11,6 +11,7 @@ This file is copied into every checkpoint. It needs nothing but torch and transf
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,11 +27,11 @@ from .configuration_lowrank_vit import LowRankViTConfig
 class LowRankViTImageClassifierOutput(ImageClassifierOutput):
     """As `ImageClassifierOutput`, with the two heads' logits of a distilled DeiT, each (batch, labels)."""
 
-    cls_logits: torch.FloatTensor | None = None
-    distillation_logits: torch.FloatTensor | None = None
+    cls_logits: torch.Tensor | None = None
+    distillation_logits: torch.Tensor | None = None
 
 
-def _pair(size) -> tuple[int, int]:
+def _pair(size: Any) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
@@ -134,7 +135,7 @@ class LowRankViTAttention(nn.Module):
             context, attention = self._eager(query, key, value)
         return merge_heads(context, self.value_output_ranks), attention
 
-    def _fused(self, query, key, value) -> torch.Tensor:
+    def _fused(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         # The fused kernels want one head size for all three, a multiple of 8 on most devices.
         size = max(self.query_key_ranks + self.value_output_ranks)
         size = -(-size // 8) * 8
@@ -146,7 +147,7 @@ class LowRankViTAttention(nn.Module):
             scale=1.0,
         )
 
-    def _eager(self, query, key, value) -> tuple[torch.Tensor, torch.Tensor]:
+    def _eager(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         size = max(self.query_key_ranks)
         scores = split_heads(query, self.query_key_ranks, size) @ split_heads(
             key, self.query_key_ranks, size
@@ -190,7 +191,7 @@ class LowRankViTPreTrainedModel(PreTrainedModel):
     base_model_prefix = "vit"
     main_input_name = "pixel_values"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LowRankViTEmbeddings", "LowRankViTBlock"]
+    _no_split_modules = ["LowRankViTEmbeddings", "LowRankViTBlock"]  # noqa: RUF012
     _supports_sdpa = True
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -208,7 +209,7 @@ class LowRankViTPreTrainedModel(PreTrainedModel):
                     init.trunc_normal_(parameter, mean=0.0, std=self.config.initializer_range)
 
 
-def _initialisers():
+def _initialisers() -> Any:
     """transformers 5 has initialisers that leave loaded weights alone; 4.x calls us for missing weights only."""
     try:
         from transformers import initialization
@@ -219,6 +220,8 @@ def _initialisers():
 
 class LowRankViTModel(LowRankViTPreTrainedModel):
     """The encoder: pixels to the tokens after the last layer norm, (batch, tokens, hidden). It has no pooler."""
+
+    _keys_to_ignore_on_load_unexpected = ["classifier"]  # noqa: RUF012  (a checkpoint of the whole classifier is meant)
 
     def __init__(self, config: LowRankViTConfig):
         super().__init__(config)
@@ -269,7 +272,7 @@ class LowRankViTModel(LowRankViTPreTrainedModel):
 
 
 class LowRankViTForImageClassification(LowRankViTPreTrainedModel):
-    """The encoder with a linear classifier on the class token and, for a distilled DeiT, one on the distillation token."""
+    """The encoder with a classifier on the class token and, for a distilled DeiT, one on the distillation token."""
 
     def __init__(self, config: LowRankViTConfig):
         super().__init__(config)
@@ -328,15 +331,15 @@ class LowRankViTForImageClassification(LowRankViTPreTrainedModel):
         if self.config.problem_type == "regression":
             return nn.functional.mse_loss(logits.squeeze(), labels.squeeze())
         if self.config.problem_type == "single_label_classification":
-            return nn.functional.cross_entropy(logits.view(-1, self.num_labels), labels.view(-1).long())
+            return nn.functional.cross_entropy(logits, labels.view(-1).long())
         return nn.functional.binary_cross_entropy_with_logits(logits, labels)
 
 
-def _classifier(config: LowRankViTConfig) -> nn.Module:
+def _classifier(config: Any) -> nn.Module:
     return nn.Linear(config.hidden_size, config.num_labels) if config.num_labels > 0 else nn.Identity()
 
 
-def _wants_dict(return_dict: bool | None, config: LowRankViTConfig) -> bool:
+def _wants_dict(return_dict: bool | None, config: Any) -> bool:
     return getattr(config, "return_dict", True) if return_dict is None else return_dict
 
 
