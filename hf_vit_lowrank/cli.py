@@ -275,8 +275,8 @@ def sweep(
 ) -> None:
     """Compress to many sizes from one pass of statistics; writes a table (JSON, Markdown) and a chart."""
     from . import tables
-    from .compress import sweep as run
     from .images import open_images
+    from .sweep import sweep as run
 
     sizes = _parse_reductions(reductions)
     recipe = _recipe(sizes[0], None, None, None, cost, compensation, samples, batch_size, seed, query_key_weight)

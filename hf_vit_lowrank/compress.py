@@ -15,10 +15,10 @@ from torch import Tensor
 
 from .candidates.block import BlockCandidates, block_candidates
 from .checkpoint import save_checkpoint
-from .compensation.closed_form import BlockDrift, compensate_closed_form
+from .compensation.closed_form import compensate_closed_form
 from .dense import DenseSource, dense_parameters, load_dense
 from .errors import UserError
-from .evaluation import count_parameters, pick_device
+from .evaluation import pick_device
 from .images import ImageStream, open_images, pixel_batches
 from .model_card import model_card
 from .progress import track
@@ -64,7 +64,7 @@ class CompressionResult:
 class Calibrated:
     """What any size is made from: the dense model, what the images told about it, and the images' embeddings.
 
-    held_back: embeddings of images that nothing is fitted on; empty unless the recipe measures agreement.
+    held_back: embeddings of images that nothing is fitted on, if some were asked for.
     """
 
     dense: DenseSource
@@ -93,10 +93,11 @@ def compress(
         UserError: a source, data set or target that cannot be used.
         RunError: the calibration data were empty or the model overflows on them.
     """
-    calibrated = calibrate(source, calibration, recipe, revision=revision, allow_pickle=allow_pickle, device=device)
-    if recipe.min_agreement is not None:
-        return _smallest_agreeing(calibrated, recipe)
-    return build(calibrated, recipe)
+    measured = recipe.min_agreement is not None
+    calibrated = calibrate(
+        source, calibration, recipe, hold_back=measured, revision=revision, allow_pickle=allow_pickle, device=device
+    )
+    return _smallest_agreeing(calibrated, recipe) if measured else build(calibrated, recipe)
 
 
 def plan(
@@ -113,7 +114,9 @@ def plan(
     Raises UserError and RunError as `compress` does; a recipe with min_agreement is refused, since it must be built.
     """
     if recipe.min_agreement is not None:
-        raise UserError("A plan cannot tell agreement, which is measured on built models: use compress, or a reduction.")
+        raise UserError(
+            "A plan cannot tell agreement, which is measured on built models: use compress, or a reduction."
+        )
     calibrated = calibrate(source, calibration, recipe, revision=revision, allow_pickle=allow_pickle, device=device)
     return _report(calibrated, recipe, _ranks(calibrated, recipe))
 
@@ -123,11 +126,15 @@ def calibrate(
     calibration: str | ImageStream,
     recipe: CompressionRecipe,
     *,
+    hold_back: bool = False,
     revision: str | None = None,
     allow_pickle: bool = False,
     device: str | None = None,
 ) -> Calibrated:
-    """Everything that does not depend on the size: load, embed the images, collect statistics, draw the error curves."""
+    """Everything that does not depend on the size: load, embed the images, collect statistics, draw the error curves.
+
+    hold_back: set some images apart, to measure agreement on.
+    """
     seconds: dict[str, float] = {}
     if isinstance(calibration, str):
         calibration = open_images(calibration, samples=recipe.samples, seed=recipe.seed)
@@ -136,7 +143,7 @@ def calibrate(
         dense.model.to(pick_device(device)).requires_grad_(False)
     with _timed(seconds, "images"):
         fitting, held_back = _embed(dense, calibration, recipe.batch_size), []
-        if recipe.min_agreement is not None:
+        if hold_back:
             fitting, held_back = _split(fitting)
     with _timed(seconds, "statistics"):
         batches = track(fitting, "Statistics", sum(map(len, fitting)), size=len)
@@ -226,23 +233,19 @@ def _split(embeddings: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     images = torch.cat(list(embeddings))
     held_back = max(1, int(HELD_BACK * len(images)))
     if held_back == len(images):
-        raise UserError("min_agreement needs at least two calibration images: one to fit on, one held back.")
+        raise UserError("Measuring agreement needs at least two calibration images: one to fit on, one held back.")
     size = len(embeddings[0])
     return list(images[:-held_back].split(size)), list(images[-held_back:].split(size))
 
 
 def _smallest_agreeing(calibrated: Calibrated, recipe: CompressionRecipe) -> CompressionResult:
     """The largest reduction, by bisection, whose model keeps `min_agreement` of the dense predictions held back."""
-    held_back = calibrated.held_back
-    expected = predictions(calibrated.dense.model, held_back)
     trials: list[dict[str, float]] = []
 
     def attempt(reduction: float) -> tuple[CompressionResult, float]:
         trial = build(calibrated, replace(recipe, reduction=reduction, min_agreement=None))
-        trial.model.to(calibrated.dense.model.device)
-        agreement = (predictions(trial.model, held_back) == expected).double().mean().item()
+        agreement = held_back_agreement(calibrated, trial.model)
         trials.append({"reduction": reduction, "agreement": agreement})
-        trial.model.cpu()
         return trial, agreement
 
     best, _ = attempt(0.0)
@@ -261,13 +264,22 @@ def _smallest_agreeing(calibrated: Calibrated, recipe: CompressionRecipe) -> Com
     report = {
         **best.report,
         "recipe": recipe.to_dict(),
-        "agreement": {"images": sum(map(len, held_back)), "wanted": recipe.min_agreement, "trials": trials},
+        "agreement": {"images": sum(map(len, calibrated.held_back)), "wanted": recipe.min_agreement, "trials": trials},
     }
     return replace(best, report=report)
 
 
+def held_back_agreement(calibrated: Calibrated, model: LowRankViTForImageClassification) -> float:
+    """Share of the held-back images that a model (on the CPU) and the dense model put into the same class."""
+    dense = calibrated.dense.model
+    expected = _predictions(dense, calibrated.held_back)
+    agreement = (_predictions(model.to(dense.device), calibrated.held_back) == expected).double().mean().item()
+    model.cpu()
+    return agreement
+
+
 @torch.no_grad()
-def predictions(model: LowRankViTForImageClassification, embeddings: Sequence[Tensor]) -> Tensor:
+def _predictions(model: LowRankViTForImageClassification, embeddings: Sequence[Tensor]) -> Tensor:
     """The predicted class of every image, from batches of embeddings."""
     chosen = []
     for batch in embeddings:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from . import tables
-from .compress import compress, sweep
+from .compress import compress
 from .digits import train_digits_model, write_digits_data
 from .evaluation import EvaluationReport, evaluate_classifier, load_classifier
 from .images import open_images
 from .recipe import CompressionRecipe
+from .sweep import sweep
 
 REDUCTIONS = (0.2, 0.4, 0.6, 0.7, 0.8)
 

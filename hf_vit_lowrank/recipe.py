@@ -45,7 +45,9 @@ class CompressionRecipe:
     def __post_init__(self) -> None:
         given = [name for name in _TARGETS if getattr(self, name) is not None]
         _require(len(given) == 1, f"say how small by exactly one of {', '.join(_TARGETS)} (given: {given or 'none'})")
-        _require(self.reduction is None or 0 <= self.reduction < 1, f"reduction must be in [0, 1), not {self.reduction}")
+        _require(
+            self.reduction is None or 0 <= self.reduction < 1, f"reduction must be in [0, 1), not {self.reduction}"
+        )
         _require(self.max_parameters is None or self.max_parameters > 0, "max_parameters must be positive")
         _require(
             self.min_agreement is None or 0 < self.min_agreement <= 1,

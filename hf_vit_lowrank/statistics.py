@@ -179,7 +179,9 @@ def _traced_backward(
     for layer, trace in enumerate(traces):
         trace.gradients = gradients[3 * layer : 3 * layer + 3]
         if not all(torch.isfinite(gradient).all() for gradient in trace.gradients):
-            raise RunError(f"The gradients of block {layer} are not finite: the source model overflows on these images.")
+            raise RunError(
+                f"The gradients of block {layer} are not finite: the source model overflows on these images."
+            )
         yield trace
 
 

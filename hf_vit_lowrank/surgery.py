@@ -67,8 +67,8 @@ def _shrink_attention(
 ) -> None:
     attention, source = block.attention, dense.attention
     query, query_bias = source.query.weight.cpu().double(), source.query.bias
-    key, value = source.key_value.weight.cpu().double().split(
-        [sum(source.query_key_ranks), sum(source.value_output_ranks)]
+    key, value = (
+        source.key_value.weight.cpu().double().split([sum(source.query_key_ranks), sum(source.value_output_ranks)])
     )
     if attention.query_key_ranks != source.query_key_ranks:
         maps = [

@@ -66,4 +66,3 @@ def eliminate(weight: Tensor, covariance: Tensor, root: Tensor, ridge: float) ->
             pending = 0
     errors = torch.tensor([0.0, *steps], dtype=torch.float64).cumsum(0).flip(0)
     return Elimination(torch.tensor(order), errors)
-

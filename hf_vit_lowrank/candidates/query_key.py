@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import Tensor
 import torch
+from torch import Tensor
 
 from ..linalg import square_root
 

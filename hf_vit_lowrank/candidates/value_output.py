@@ -33,7 +33,9 @@ class ValueOutputCandidate:
         return torch.bincount(self.elimination.kept(size) // head_size, minlength=heads).tolist()
 
 
-def value_output_candidate(output_weight: Tensor, context_covariance: Tensor, metric: Tensor, heads: int) -> ValueOutputCandidate:
+def value_output_candidate(
+    output_weight: Tensor, context_covariance: Tensor, metric: Tensor, heads: int
+) -> ValueOutputCandidate:
     """output_weight (d, heads · e), context_covariance (heads · e, heads · e), metric Γ (d, d)."""
     root, _ = square_root(metric)
     head_size = output_weight.shape[1] // heads

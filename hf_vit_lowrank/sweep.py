@@ -1,0 +1,132 @@
+"""Many sizes from one pass of statistics: a table and a chart of what each size costs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from .charts import size_chart
+from .compress import Calibrated, CompressionResult, build, calibrate, held_back_agreement
+from .errors import UserError
+from .evaluation import count_flops, evaluate_classifier
+from .images import ImageStream
+from .recipe import CompressionRecipe
+
+_COLUMNS = {
+    "reduction": "removed",
+    "parameters": "parameters",
+    "bytes": "bytes",
+    "flops": "FLOPs",
+    "agreement": "agreement %",
+    "top1": "top-1 %",
+    "top5": "top-5 %",
+}
+
+
+def sweep(
+    source: str,
+    calibration: str | ImageStream,
+    reductions: Sequence[float],
+    recipe: CompressionRecipe,
+    *,
+    output: str | Path,
+    dataset: ImageStream | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    device: str | None = None,
+) -> list[dict[str, Any]]:
+    """Compress by each of `reductions` (the one in `recipe` does not count), measure, and write what came out.
+
+    Without `dataset` the agreement is measured on calibration images that are held back. Writes sweep.json, sweep.md
+    and sweep.png into `output`; returns one row per size, the dense model first.
+
+    Raises UserError and RunError as `compress` does.
+    """
+    if not reductions:
+        raise UserError("A sweep needs at least one reduction.")
+    calibrated = calibrate(
+        source,
+        calibration,
+        recipe,
+        hold_back=dataset is None,
+        revision=revision,
+        allow_pickle=allow_pickle,
+        device=device,
+    )
+    rows = [_row(calibrated, build(calibrated, replace(recipe, reduction=size)), size, dataset) for size in reductions]
+    rows.insert(0, _dense_row(calibrated, dataset))
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "sweep.json").write_text(_as_json(calibrated, recipe, dataset, rows), encoding="utf-8")
+    (folder / "sweep.md").write_text(_as_markdown(rows), encoding="utf-8")
+    size_chart(rows[1:], rows[0], folder / "sweep.png")
+    return rows
+
+
+def _row(
+    calibrated: Calibrated, result: CompressionResult, reduction: float, dataset: ImageStream | None
+) -> dict[str, Any]:
+    dense, model = calibrated.dense, result.model
+    row: dict[str, Any] = {
+        "reduction": reduction,
+        "parameters": result.report["parameters"],
+        "bytes": sum(tensor.nbytes for tensor in model.state_dict().values()),
+        "flops": count_flops(model),
+        "top1": None,
+        "top5": None,
+        "predicted_loss": result.report["predicted_loss"],
+    }
+    if dataset is None:
+        return {**row, "agreement": 100 * held_back_agreement(calibrated, model)}
+    measured = evaluate_classifier(
+        model, dense.image_processor, dataset, device=str(dense.model.device), against=dense.model
+    )
+    return {**row, "agreement": measured.agreement, "top1": measured.top1, "top5": measured.top5}
+
+
+def _dense_row(calibrated: Calibrated, dataset: ImageStream | None) -> dict[str, Any]:
+    dense = calibrated.dense
+    row: dict[str, Any] = {
+        "reduction": 0.0,
+        "parameters": dense.parameters,
+        "bytes": 4 * dense.parameters,
+        "flops": count_flops(dense.model),
+        "agreement": 100.0,
+        "top1": None,
+        "top5": None,
+        "predicted_loss": 0.0,
+    }
+    if dataset is not None:
+        measured = evaluate_classifier(dense.model, dense.image_processor, dataset, device=str(dense.model.device))
+        row.update(top1=measured.top1, top5=measured.top5)
+    return row
+
+
+def _as_json(
+    calibrated: Calibrated, recipe: CompressionRecipe, dataset: ImageStream | None, rows: list[dict[str, Any]]
+) -> str:
+    about = {
+        "source": calibrated.dense.location,
+        "weights_sha256": calibrated.dense.weights_sha256,
+        "recipe": {**recipe.to_dict(), "reduction": None},
+        "calibration": calibrated.calibration,
+        "dataset": dataset.description if dataset else None,
+    }
+    return json.dumps({**about, "rows": rows}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _as_markdown(rows: Sequence[dict[str, Any]]) -> str:
+    lines = ["| " + " | ".join(_COLUMNS.values()) + " |", "|" + "---:|" * len(_COLUMNS)]
+    lines += ["| " + " | ".join(_cell(name, row[name]) for name in _COLUMNS) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "–"
+    if name == "reduction":
+        return f"{value:.0%}" if value else "dense"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"
