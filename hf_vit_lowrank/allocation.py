@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -35,8 +36,8 @@ class ImpossibleBudgetError(Exception):
 def allocate(curves: Sequence[ErrorCurve], budget: int) -> list[int]:
     """Sizes with the least sum of errors whose costs stay within `budget`.
 
-    Each curve is walked along its lower convex hull, the steepest saving per cost first (the Lagrangian solution, optimal
-    for the hulls whenever the budget ends on a step); what is left is used up by single units of the best saving.
+    Each curve is walked along its lower convex hull, the steepest saving per cost first (the Lagrangian solution,
+    optimal for the hulls whenever the budget ends on a step); what is left goes to single units of the best saving.
 
     Raises:
         ImpossibleBudgetError: even the smallest sizes cost more.
@@ -61,8 +62,7 @@ def _hull_steps(curve: ErrorCurve) -> list[tuple[float, int]]:
         while len(corners) > 1 and _saving(curve, corners[-2], corners[-1]) <= _saving(curve, corners[-1], size):
             corners.pop()
         corners.append(size)
-    edges = [(_saving(curve, a, b), b) for a, b in zip(corners, corners[1:])]
-    return edges
+    return [(_saving(curve, smaller, larger), larger) for smaller, larger in pairwise(corners)]
 
 
 def _saving(curve: ErrorCurve, smaller: int, larger: int) -> float:

@@ -140,16 +140,18 @@ def calibrate(
         calibration = open_images(calibration, samples=recipe.samples, seed=recipe.seed)
     with _timed(seconds, "load"):
         dense = load_dense(source, revision=revision, allow_pickle=allow_pickle)
-        dense.model.to(pick_device(device)).requires_grad_(False)
+        dense.model.requires_grad_(False)
+        torch.nn.Module.to(dense.model, pick_device(device))
     with _timed(seconds, "images"):
-        fitting, held_back = _embed(dense, calibration, recipe.batch_size), []
+        held_back: list[Tensor] = []
+        fitting = _embed(dense, calibration, recipe.batch_size)
         if hold_back:
             fitting, held_back = _split(fitting)
     with _timed(seconds, "statistics"):
         batches = track(fitting, "Statistics", sum(map(len, fitting)), size=len)
         statistics = collect_statistics(dense.model, batches, recipe.seed)
     with _timed(seconds, "candidates"):
-        blocks = zip(dense.model.vit.blocks, statistics, strict=True)
+        blocks: Any = zip(dense.model.vit.blocks, statistics, strict=True)
         candidates = [
             block_candidates(*pair) for pair in track(blocks, "Error curves", len(dense.model.vit.blocks), "blocks")
         ]
@@ -241,6 +243,7 @@ def _split(embeddings: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
 def _smallest_agreeing(calibrated: Calibrated, recipe: CompressionRecipe) -> CompressionResult:
     """The largest reduction, by bisection, whose model keeps `min_agreement` of the dense predictions held back."""
     trials: list[dict[str, float]] = []
+    wanted = recipe.min_agreement or 1.0
 
     def attempt(reduction: float) -> tuple[CompressionResult, float]:
         trial = build(calibrated, replace(recipe, reduction=reduction, min_agreement=None))
@@ -257,14 +260,14 @@ def _smallest_agreeing(calibrated: Calibrated, recipe: CompressionRecipe) -> Com
         except UserError:  # below the smallest ranks
             missed = middle
             continue
-        if agreement >= recipe.min_agreement:
+        if agreement >= wanted:
             best, reached = trial, middle
         else:
             missed = middle
     report = {
         **best.report,
         "recipe": recipe.to_dict(),
-        "agreement": {"images": sum(map(len, calibrated.held_back)), "wanted": recipe.min_agreement, "trials": trials},
+        "agreement": {"images": sum(map(len, calibrated.held_back)), "wanted": wanted, "trials": trials},
     }
     return replace(best, report=report)
 
@@ -273,7 +276,8 @@ def held_back_agreement(calibrated: Calibrated, model: LowRankViTForImageClassif
     """Share of the held-back images that a model (on the CPU) and the dense model put into the same class."""
     dense = calibrated.dense.model
     expected = _predictions(dense, calibrated.held_back)
-    agreement = (_predictions(model.to(dense.device), calibrated.held_back) == expected).double().mean().item()
+    torch.nn.Module.to(model, dense.device)
+    agreement = (_predictions(model, calibrated.held_back) == expected).double().mean().item()
     model.cpu()
     return agreement
 

@@ -13,7 +13,7 @@ from .remote.configuration_lowrank_vit import LowRankViTConfig
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Per layer (and head): inner sizes of query-key, of value-output, and of the MLP. `predicted_loss` is their rise."""
+    """Per layer (and head): inner sizes of query-key, of value-output, of the MLP; and the rise of the loss."""
 
     query_key_ranks: list[list[int]]
     value_output_ranks: list[list[int]]
@@ -92,7 +92,7 @@ def _parameter_costs(config: LowRankViTConfig) -> tuple[list[UnitCosts], int]:
     hidden, layers = config.hidden_size, config.num_hidden_layers
     unit = UnitCosts(2 * hidden + int(config.qkv_bias), 2 * hidden, 2 * hidden + 1)
     embeddings = hidden * (num_tokens(config) + config.num_prefix_tokens + _patch_values(config) + 1)
-    heads = config.num_tokens_read * config.num_labels * (hidden + 1)
+    heads = config.num_tokens_read * (config.num_labels or 0) * (hidden + 1)
     norms_and_biases = layers * 6 * hidden + 2 * hidden
     return [unit] * layers, embeddings + heads + norms_and_biases
 
@@ -107,7 +107,7 @@ def _flop_costs(config: LowRankViTConfig) -> tuple[list[UnitCosts], int]:
     # The last block computes only the tokens that the classifier reads.
     units = [unit(tokens)] * (config.num_hidden_layers - 1) + [unit(config.num_tokens_read)]
     patches = tokens - config.num_prefix_tokens
-    fixed = 2 * hidden * (patches * _patch_values(config) + config.num_tokens_read * config.num_labels)
+    fixed = 2 * hidden * (patches * _patch_values(config) + config.num_tokens_read * (config.num_labels or 0))
     return units, fixed
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,9 +84,10 @@ def _images_inside(values: Tensor) -> Tensor:
 class BlockStatistics:
     """The moments of one block; e is the head size, d the hidden size, w the MLP width, sums run over all images.
 
-    images: their number. query, context, hidden: token groups of the queries (heads, e), of the concatenated contexts (heads · e), and of the
-    MLP's hidden units (w). key: keys centred within each image (heads, e, e). score_gradient: sum of (∂loss/∂s_ij)² per
-    head. attention_gradient, mlp_gradient: token groups of the loss gradient at the block's two outputs (d).
+    images: their number. query, context, hidden: token groups of the queries (heads, e), of the concatenated contexts
+    (heads · e), and of the MLP's hidden units (w). key: second moments of the keys centred within each image
+    (heads, e, e). score_gradient: sum of (∂loss/∂s_ij)² per head. attention_gradient, mlp_gradient: token groups of the
+    loss gradient at the block's two outputs (d).
     """
 
     images: int
@@ -167,7 +169,8 @@ def _traced_backward(
 ) -> Iterator[_Trace]:
     stream = embeddings.detach().requires_grad_(True)
     traces = []
-    for block in model.vit.blocks:
+    blocks: Any = model.vit.blocks
+    for block in blocks:
         trace = _traced_block(block, stream)
         traces.append(trace)
         stream = trace.after_mlp

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +27,13 @@ def shrink(
 
     What the plan leaves whole is copied as it is.
     """
-    small = LowRankViTForImageClassification(plan.apply(dense.config)).to(dense.device).eval()
+    small = LowRankViTForImageClassification(plan.apply(dense.config)).eval()
+    nn.Module.to(small, dense.device)
     shapes = {name: tensor.shape for name, tensor in small.state_dict().items()}
     same = {name: tensor for name, tensor in dense.state_dict().items() if shapes[name] == tensor.shape}
     small.load_state_dict(same, strict=False)
-    for block, source, candidate, moments in zip(
-        small.vit.blocks, dense.vit.blocks, candidates, statistics, strict=True
-    ):
+    parts: Any = zip(small.vit.blocks, dense.vit.blocks, candidates, statistics, strict=True)
+    for block, source, candidate, moments in parts:
         _shrink_attention(block, source, candidate, moments)
         if block.mlp.up.out_features < source.mlp.up.out_features:
             hidden = moments.hidden.weighted(token_weight(moments.mlp_gradient))

@@ -30,7 +30,7 @@ class Elimination:
 
 
 def eliminate(weight: Tensor, covariance: Tensor, root: Tensor, ridge: float) -> Elimination:
-    """weight (m, n), covariance (n, n) of the inputs, root (m, m) the square root Γ^½ of the output metric, all float64.
+    """weight (m, n), covariance (n, n) of the inputs, root (m, m) = Γ^½ of the output metric, all float64.
 
     ridge: share of the mean diagonal added to the covariance, which keeps the inverse finite for dead or dependent
         inputs.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def compensate_closed_form(
     num_read, layers = dense.config.num_tokens_read, len(dense.vit.blocks)
     dense_stream, small_stream = list(embeddings), list(embeddings)
     drifts = []
-    blocks = zip(dense.vit.blocks, small.vit.blocks, statistics, strict=True)
+    blocks: Any = zip(dense.vit.blocks, small.vit.blocks, statistics, strict=True)
     for layer, (source, block, moments) in enumerate(track(blocks, "Compensating", layers, "blocks")):
         # Nothing reads the other tokens after the last block.
         queries = num_read if layer == layers - 1 else None

@@ -187,6 +187,7 @@ class LowRankViTBlock(GradientCheckpointingLayer):
 
 
 class LowRankViTPreTrainedModel(PreTrainedModel):
+    config: LowRankViTConfig
     config_class = LowRankViTConfig
     base_model_prefix = "vit"
     main_input_name = "pixel_values"
