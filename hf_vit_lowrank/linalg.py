@@ -7,6 +7,8 @@ from torch import Tensor
 
 # Eigenvalues below this share of the largest count as zero: they are rounding of float32 products.
 RELATIVE_FLOOR = 1e-10
+# Of inputs that never vary; far from underflow when its inverse is squared.
+_SMALLEST_FLOOR = 1e-100
 
 
 def square_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,5 +27,5 @@ def ridge_solve(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
     By eigh, so that dead and dependent inputs get zero or shared weights instead of an error.
     """
     values, vectors = torch.linalg.eigh(covariance)
-    floor = max(ridge, RELATIVE_FLOOR) * covariance.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    floor = (max(ridge, RELATIVE_FLOOR) * covariance.diagonal().mean()).clamp_min(_SMALLEST_FLOOR)
     return ((vectors / (values.clamp_min(0.0) + floor)) @ (vectors.mT @ cross)).mT

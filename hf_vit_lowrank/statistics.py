@@ -6,7 +6,7 @@ that no input moment of the whole hidden size is needed. All sums run over token
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,18 +174,22 @@ def _traced_backward(
         trace = _traced_block(block, stream)
         traces.append(trace)
         stream = trace.after_mlp
+    _require_finite([trace.after_mlp for trace in traces], "activations")
     logits = model.classify(model.vit.norm(stream))[0].float()
     drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
     loss = torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
     watched = [t for trace in traces for t in (trace.scores, trace.after_attention, trace.after_mlp)]
     gradients = torch.autograd.grad(loss, watched)
+    _require_finite(gradients[2::3], "gradients")
     for layer, trace in enumerate(traces):
         trace.gradients = gradients[3 * layer : 3 * layer + 3]
-        if not all(torch.isfinite(gradient).all() for gradient in trace.gradients):
-            raise RunError(
-                f"The gradients of block {layer} are not finite: the source model overflows on these images."
-            )
         yield trace
+
+
+def _require_finite(per_block: Sequence[Tensor], what: str) -> None:
+    for layer, values in enumerate(per_block):
+        if not torch.isfinite(values).all():
+            raise RunError(f"The {what} of block {layer} are not finite: the source model overflows on these images.")
 
 
 def _traced_block(block: LowRankViTBlock, stream: Tensor) -> _Trace:

@@ -1,0 +1,192 @@
+"""The whole path on the digits model, and on the real DeiT-tiny where it is at hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import hf_vit_lowrank
+from hf_vit_lowrank.checkpoint import load_checkpoint
+from hf_vit_lowrank.compensation.closed_form import compensate_closed_form
+from hf_vit_lowrank.compress import build, calibrate, compress, held_back_agreement, plan
+from hf_vit_lowrank.errors import UserError
+from hf_vit_lowrank.evaluation import count_parameters, evaluate_classifier
+from hf_vit_lowrank.images import open_images
+from hf_vit_lowrank.rank_plan import plan_cost
+from hf_vit_lowrank.recipe import CompressionRecipe
+from hf_vit_lowrank.sweep import sweep
+
+RECIPE = CompressionRecipe(reduction=0.5, samples=256)
+
+
+@pytest.fixture(scope="module")
+def calibrated(digits_model, digits_data):
+    return calibrate(str(digits_model), str(digits_data.calibration), RECIPE, hold_back=True, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def halved(calibrated):
+    return build(calibrated, RECIPE)
+
+
+def top1(model, result, data):
+    return evaluate_classifier(model, result.image_processor, open_images(str(data), seed=None), device="cpu").top1
+
+
+@pytest.mark.parametrize("reduction", [0.1, 0.3, 0.5, 0.8])
+@pytest.mark.parametrize("cost", ["parameters", "flops"])
+def test_budget_is_kept_and_used(calibrated, reduction, cost):
+    ranks = build(calibrated, replace(RECIPE, reduction=reduction, cost=cost, compensation="none")).model.config
+    whole = calibrated.dense.parameters if cost == "parameters" else plan_cost(calibrated.dense.model.config, "flops")
+    used = plan_cost(ranks, cost) / ((1 - reduction) * whole)
+    # One unit is a larger share of this small model than of any real one.
+    assert 0.99 <= used <= 1.0
+
+
+def test_the_parameters_reported_are_those_stored(halved):
+    assert halved.report["parameters"] == count_parameters(halved.model)
+    assert halved.report["reduction"] >= 0.5
+
+
+def test_no_reduction_is_the_dense_model(calibrated):
+    result = build(calibrated, replace(RECIPE, reduction=0.0, compensation="none"))
+    batch = calibrated.held_back[0]
+    for small, dense in zip(result.model.vit.blocks, calibrated.dense.model.vit.blocks, strict=True):
+        assert torch.allclose(small(batch)[0], dense(batch)[0], atol=1e-5)
+    assert held_back_agreement(calibrated, result.model) == 1.0
+
+
+def test_compensation_brings_the_stream_nearer(calibrated):
+    smaller = replace(RECIPE, reduction=0.8)
+    drifts = []
+    for recipe in (replace(smaller, compensation="none"), smaller):
+        model = build(calibrated, recipe).model
+        dense_stream = small_stream = torch.cat(calibrated.held_back)
+        distances = []
+        for dense, small in zip(calibrated.dense.model.vit.blocks, model.vit.blocks, strict=True):
+            dense_stream, small_stream = dense(dense_stream)[0], small(small_stream)[0]
+            distances.append((dense_stream - small_stream)[:, 0].square().mean().item())
+        drifts.append(distances)
+    assert drifts[1][-1] < 0.8 * drifts[0][-1]
+
+
+def test_compensation_of_a_whole_model_does_no_harm(calibrated):
+    model = build(calibrated, replace(RECIPE, reduction=0.0, compensation="none")).model
+    drifts = compensate_closed_form(calibrated.dense.model, model, calibrated.statistics, calibrated.fitting)
+    assert max(drift.after_mlp for drift in drifts) < 1e-6
+    assert held_back_agreement(calibrated, model) == 1.0
+
+
+def test_half_the_size_keeps_most_digits(calibrated, halved, digits_data):
+    dense = top1(calibrated.dense.model, halved, digits_data.validation)
+    assert top1(halved.model, halved, digits_data.validation) > dense - 5
+    uncompensated = build(calibrated, replace(RECIPE, reduction=0.8, compensation="none"))
+    compensated = build(calibrated, replace(RECIPE, reduction=0.8))
+    assert held_back_agreement(calibrated, compensated.model) >= held_back_agreement(calibrated, uncompensated.model)
+
+
+def test_the_same_run_twice_gives_the_same_bytes(digits_model, digits_data, tmp_path):
+    for name in ("a", "b"):
+        recipe = replace(RECIPE, samples=64)
+        result = compress(str(digits_model), str(digits_data.calibration), recipe, device="cpu")
+        result.save_pretrained(tmp_path / name)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert {"model.safetensors", "compression.json"} <= set(files)
+    for name in files:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+
+
+def test_saved_and_loaded_it_is_the_same_model(halved, tmp_path):
+    halved.save_pretrained(tmp_path / "out")
+    model, _, record = load_checkpoint(tmp_path / "out")
+    assert record["plan"]["mlp_widths"] == model.config.mlp_widths
+    for name, tensor in halved.model.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_max_parameters_and_match(digits_model, digits_data, calibrated):
+    limit = int(0.6 * calibrated.dense.parameters)
+    data = str(digits_data.calibration)
+    limited = plan(str(digits_model), data, CompressionRecipe(max_parameters=limit, samples=64))
+    assert 0.99 * limit <= limited["parameters"] <= limit
+    matched = plan(str(digits_model), data, CompressionRecipe(match=str(digits_model), samples=64))
+    assert matched["parameters"] <= calibrated.dense.parameters
+
+
+def test_impossible_size_says_the_smallest(calibrated):
+    with pytest.raises(UserError, match="ask for at least"):
+        build(calibrated, replace(RECIPE, reduction=0.999))
+
+
+def test_min_agreement_finds_a_size_between_its_neighbours(digits_model, digits_data):
+    recipe = CompressionRecipe(min_agreement=0.9, samples=128)
+    result = compress(str(digits_model), str(digits_data.calibration), recipe, device="cpu")
+    measured = result.report["agreement"]
+    agreeing = [trial["reduction"] for trial in measured["trials"] if trial["agreement"] >= 0.9]
+    assert result.report["reduction"] == pytest.approx(max(agreeing), abs=0.02)
+    assert 0.2 < result.report["reduction"] < 0.95
+    assert measured["images"] == 25
+
+
+def test_sweep_writes_table_and_picture(digits_model, digits_data, tmp_path):
+    data = open_images(str(digits_data.validation), samples=100, seed=None)
+    rows = sweep(
+        str(digits_model), str(digits_data.calibration), [0.3, 0.6], replace(RECIPE, samples=64), dataset=data,
+        output=tmp_path, device="cpu",
+    )  # fmt: skip
+    assert [row["reduction"] for row in rows] == [0.0, 0.3, 0.6]
+    assert rows[0]["parameters"] > rows[1]["parameters"] > rows[2]["parameters"]
+    assert rows[0]["flops"] > rows[1]["flops"] > rows[2]["flops"]
+    assert json.loads((tmp_path / "sweep.json").read_text())["rows"] == rows
+    assert (tmp_path / "sweep.md").read_text().count("\n") == 5
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_query_key_and_value_ranks_differ_between_heads(halved):
+    assert len({rank for layer in halved.report["plan"]["query_key_ranks"] for rank in layer}) > 1
+
+
+def test_importing_the_package_registers_its_classes():
+    from transformers import AutoConfig
+
+    assert AutoConfig.for_model("lowrank_vit", num_hidden_layers=1).num_hidden_layers == 1
+    assert hf_vit_lowrank.__version__
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_deit_with_two_heads_end_to_end(tokens, digits_data, tmp_path):
+    from transformers import (
+        DeiTConfig,
+        DeiTForImageClassification,
+        DeiTForImageClassificationWithTeacher,
+        ViTImageProcessor,
+    )
+
+    torch.manual_seed(0)
+    config = DeiTConfig(
+        hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32, patch_size=8,
+        num_labels=10, qkv_bias=tokens,
+    )  # fmt: skip
+    architecture = DeiTForImageClassificationWithTeacher if tokens else DeiTForImageClassification
+    architecture(config).save_pretrained(tmp_path)
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path)
+    recipe = CompressionRecipe(reduction=0.3, samples=16)
+    result = compress(str(tmp_path), str(digits_data.calibration), recipe, device="cpu")
+    assert result.report["parameters"] == count_parameters(result.model)
+
+
+def test_deit_tiny_floors(shared_data):
+    """Floors on 200 images, well under what is measured on all; an eighth of the calibration images."""
+    source, calibration = str(shared_data / "deit-tiny"), str(shared_data / "calibration.parquet")
+    calibrated = calibrate(source, calibration, replace(RECIPE, samples=128), device="cpu")
+    dense = calibrated.dense
+    images = open_images(str(shared_data / "validation.parquet"), samples=200, seed=None)
+    for reduction, floor in ((0.2, 72.0), (0.4, 60.0)):
+        result = build(calibrated, replace(RECIPE, reduction=reduction))
+        assert result.report["parameters"] <= (1 - reduction) * dense.parameters
+        assert result.report["parameters"] >= 0.995 * (1 - reduction) * dense.parameters
+        measured = evaluate_classifier(result.model, dense.image_processor, images, device="cpu")
+        assert measured.top1 >= floor

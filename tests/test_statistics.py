@@ -1,0 +1,117 @@
+"""The moments against sums over tokens taken one by one, the gradients against the loss itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from hf_vit_lowrank.errors import RunError
+from hf_vit_lowrank.remote.configuration_lowrank_vit import LowRankViTConfig
+from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification
+from hf_vit_lowrank.statistics import (
+    SMALLEST_TOKEN_WEIGHT,
+    Moments,
+    TokenGroups,
+    collect_statistics,
+    token_weight,
+)
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LowRankViTConfig(
+        hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=10, image_size=8, patch_size=4,
+        num_labels=4,
+    )  # fmt: skip
+    model = LowRankViTForImageClassification(config).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.4)
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def embeddings(model):
+    return model.vit.embeddings(torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(1)))
+
+
+def test_moments_weighted_and_centred_by_hand():
+    groups = TokenGroups.zeros(2)
+    tokens = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]], [[0.0, 1.0], [1.0, 0.0], [2.0, 2.0]]])
+    groups.add(tokens, num_read=1)
+    weighted = groups.weighted(0.5)
+    weights = torch.tensor([1.0, 0.5, 0.5, 1.0, 0.5, 0.5], dtype=torch.float64)
+    flat = tokens.flatten(0, 1).double()
+    mean = (weights[:, None] * flat).sum(0) / weights.sum()
+    centred = flat - mean
+    assert weighted.count == 4.0
+    assert torch.allclose(weighted.covariance(), (centred.mT * weights) @ centred)
+
+
+def test_block_moments_equal_token_by_token_sums(model, embeddings):
+    statistics = collect_statistics(model, embeddings.split(4))[0]
+    block = model.vit.blocks[0]
+    normed = block.attention_norm(embeddings)
+    keys = block.attention.key_value(normed)[..., :12]
+    queries = block.attention.query(normed)
+    for head in range(3):
+        part = slice(4 * head, 4 * head + 4)
+        read = sum(torch.outer(q, q) for q in queries[:, 0, part].double())
+        assert torch.allclose(statistics.query.read.second[head], read, rtol=1e-4, atol=1e-5)
+        centred = keys[..., part] - keys[..., part].mean(1, keepdim=True)
+        expected = sum(torch.outer(k, k) for k in centred.reshape(-1, 4).double())
+        assert torch.allclose(statistics.key[head], expected, rtol=1e-4, atol=1e-5)
+    contexts = block.attention.context(normed)[0][:, 1:].reshape(-1, 12).double()
+    assert torch.allclose(statistics.context.other.second, contexts.mT @ contexts, rtol=1e-4, atol=1e-5)
+    assert statistics.images == 6
+    assert statistics.query.count == 6 * 5
+
+
+def test_gradients_are_those_of_the_loss_against_the_drawn_label(model, embeddings):
+    statistics = collect_statistics(model, [embeddings], seed=3)
+    # The same draw, and the gradient at the last block's output by autograd on the plain model.
+    with torch.no_grad():
+        stream = embeddings
+        for block in model.vit.blocks:
+            stream, _ = block(stream)
+    stream = stream.requires_grad_(True)
+    logits = model.classify(model.vit.norm(stream))[0]
+    drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(3)).squeeze(1)
+    torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()
+    gradient = stream.grad[:, 0].double()
+    assert torch.allclose(statistics[-1].mlp_gradient.read.second, gradient.mT @ gradient, rtol=1e-4, atol=1e-7)
+    assert statistics[-1].mlp_gradient.other.second.abs().max() == 0
+    assert token_weight(statistics[-1].mlp_gradient) == 0.0
+    assert SMALLEST_TOKEN_WEIGHT <= token_weight(statistics[0].mlp_gradient) <= 1.0
+
+
+def test_batch_size_does_not_matter(model, embeddings):
+    whole, parts = collect_statistics(model, [embeddings])[0], collect_statistics(model, embeddings.split(1))[0]
+    for one, other in ((whole.key, parts.key), (whole.hidden.read.second, parts.hidden.read.second)):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_is_left_on_the_model(model, embeddings):
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    collect_statistics(model, [embeddings])
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
+
+
+def test_no_image_is_an_error(model):
+    with pytest.raises(RunError, match="No calibration image"):
+        collect_statistics(model, [])
+
+
+def test_overflow_names_the_block(model, embeddings):
+    with pytest.raises(RunError, match="block 0"):
+        collect_statistics(model, [embeddings * torch.inf])
+
+
+def test_sums_stay_in_float64():
+    moments = Moments.zeros(1)
+    for _ in range(4096):
+        moments.add(torch.full((1, 1), 1.0 + 2**-20))
+    assert moments.first.item() == 4096 + 2**-8  # a float32 sum would have lost the second part
+    assert moments.second.dtype == torch.float64
