@@ -80,7 +80,7 @@ ImageColumn = Annotated[str | None, _option("Column with the images, where there
 LabelColumn = Annotated[str | None, _option("Column with the labels.", **_IMAGES)]
 Samples = Annotated[int, _option("Calibration images to use.", min=1, **_IMAGES)]
 OptionalDataset = Annotated[
-    str | None, _option("Images with labels to measure on (default: the calibration images).", **_IMAGES)
+    str | None, _option("Images with labels to measure on (default: agreement only, on held-back images).", **_IMAGES)
 ]
 DatasetSplit = Annotated[str | None, _option("Split of --dataset.", **_IMAGES)]
 DatasetConfig = Annotated[str | None, _option("Configuration of --dataset.", **_IMAGES)]

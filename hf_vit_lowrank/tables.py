@@ -40,11 +40,11 @@ def show_plan(report: dict[str, Any]) -> None:
 def show_sweep(rows: Sequence[dict[str, Any]], output: Path) -> None:
     console = _console()
     table = Table(title="Sweep")
-    for name in ("reduction", "parameters", "MB", "MFLOPs", "agreement %", "top-1 %", "top-5 %"):
+    for name in ("removed", "parameters", "MB", "MFLOPs", "agreement %", "top-1 %", "top-5 %"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
-            f"{row['reduction']:.0%}",
+            f"{100 * row['reduction']:.0f} %" if row["reduction"] else "dense",
             f"{row['parameters']:,}",
             _megabytes(row["bytes"]),
             _millions(row["flops"]),

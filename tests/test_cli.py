@@ -1,0 +1,134 @@
+"""The command line as a user runs it: own processes, exit codes, one-sentence errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+
+def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hf_vit_lowrank", *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def compressed(digits_model, digits_data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("cli") / "out"
+    done = run(
+        "compress", digits_model, "--calibration", digits_data.calibration, "--samples", 128, "--reduction", 0.4,
+        "--compensation", "closed-form", "--output", output,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return output, done
+
+
+def test_compress_writes_a_checkpoint_of_the_wanted_size(compressed, digits_model):
+    output, done = compressed
+    with safe_open(output / "model.safetensors", "pt") as file:
+        stored = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    record = json.loads((output / "compression.json").read_text())
+    assert stored == record["parameters"] <= 0.6 * record["dense_parameters"]
+    assert f"{stored:,}" in done.stdout
+    assert {path.name for path in output.iterdir()} == {
+        "config.json", "model.safetensors", "configuration_lowrank_vit.py", "modeling_lowrank_vit.py",
+        "preprocessor_config.json", "README.md", "compression.json",
+    }  # fmt: skip
+    assert (output / "preprocessor_config.json").read_bytes() == (
+        digits_model / "preprocessor_config.json"
+    ).read_bytes()
+
+
+def test_evaluate_writes_json_in_percent(compressed, digits_model, digits_data, tmp_path):
+    file = tmp_path / "out.json"
+    done = run(
+        "evaluate", compressed[0], "--dataset", digits_data.validation, "--against", digits_model, "--json", file
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(file.read_text())
+    assert 80 < report["top1"] <= 100
+    assert report["top1"] <= report["top5"]
+    assert report["agreement"] > 80
+    assert report["parameters"] < report["against"]["parameters"]
+    assert f"{report['top1']:.2f}" in done.stdout
+
+
+def test_plan_prints_ranks_and_writes_nothing(digits_model, digits_data, tmp_path):
+    options = ("--calibration", digits_data.calibration, "--samples", 32, "--reduction", 0.5)
+    done = run("plan", digits_model, *options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Rank plan" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_sweep_writes_three_files(digits_model, digits_data, tmp_path):
+    output = tmp_path / "sweep"
+    options = ("--calibration", digits_data.calibration, "--samples", 64, "--reductions", "0.3,0.6")
+    done = run("sweep", digits_model, *options, "--output", output)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in output.iterdir()} == {"sweep.json", "sweep.md", "sweep.png"}
+    rows = json.loads((output / "sweep.json").read_text())["rows"]
+    assert [row["reduction"] for row in rows] == [0.0, 0.3, 0.6]
+    assert all(0 < row["agreement"] <= 100 for row in rows)
+
+
+@pytest.mark.parametrize("command", ["compress", "plan", "sweep", "evaluate", "demo"])
+def test_help_has_an_example(command):
+    done = run(command, "--help")
+    assert done.returncode == 0
+    assert f"hf-vit-lowrank {command}" in done.stdout
+
+
+def sentence(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    return " ".join(done.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--reduction", "1.5"), "[0, 1)"),
+        (("--reduction", "0.5", "--match", "x/y"), "exactly one"),
+        ((), "exactly one"),
+        (("--max-parameters", "lots"), "34.6M"),
+        (("--max-parameters", "10"), "ask for at least"),
+        (("--reduction", "0.5", "--image-column", "photo"), "image"),
+    ],
+)
+def test_bad_options_are_one_sentence(options, message, digits_model, digits_data, tmp_path):
+    source = (digits_model, "--calibration", digits_data.calibration, "--samples", 16)
+    done = run("compress", *source, *options, "--output", tmp_path / "out")
+    assert message in sentence(done)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_source_is_never_the_output(digits_model, digits_data):
+    before = sorted((path.name, path.stat().st_mtime_ns) for path in digits_model.iterdir())
+    options = ("--calibration", digits_data.calibration, "--reduction", 0.5, "--output", digits_model, "--overwrite")
+    assert "source" in sentence(run("compress", digits_model, *options))
+    assert sorted((path.name, path.stat().st_mtime_ns) for path in digits_model.iterdir()) == before
+
+
+def test_an_output_with_files_is_refused_before_any_work(digits_model, digits_data, tmp_path):
+    (tmp_path / "mine.txt").write_text("mine")
+    options = ("--calibration", digits_data.calibration, "--reduction", 0.5, "--output", tmp_path)
+    assert "not empty" in sentence(run("compress", digits_model, *options))
+    assert "mine.txt" in sentence(run("compress", digits_model, *options, "--overwrite"))
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_compressing_a_compressed_checkpoint_is_refused(compressed, digits_data, tmp_path):
+    options = ("--calibration", digits_data.calibration, "--reduction", 0.5, "--output", tmp_path / "out")
+    assert "already compressed" in sentence(run("compress", compressed[0], *options))
+
+
+def test_missing_calibration_is_one_sentence(digits_model, tmp_path):
+    options = ("--calibration", tmp_path / "nothing.parquet", "--reduction", 0.5, "--output", tmp_path / "out")
+    assert "nothing.parquet" in sentence(run("compress", digits_model, *options))
