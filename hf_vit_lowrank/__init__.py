@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification
 
+from .compress import CompressionResult, compress
+from .recipe import CompressionRecipe
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, LowRankViTModel
 
@@ -12,3 +14,12 @@ __version__ = "0.1.0"
 AutoConfig.register(LowRankViTConfig.model_type, LowRankViTConfig, exist_ok=True)
 AutoModel.register(LowRankViTConfig, LowRankViTModel, exist_ok=True)
 AutoModelForImageClassification.register(LowRankViTConfig, LowRankViTForImageClassification, exist_ok=True)
+
+__all__ = [
+    "CompressionRecipe",
+    "CompressionResult",
+    "LowRankViTConfig",
+    "LowRankViTForImageClassification",
+    "LowRankViTModel",
+    "compress",
+]

@@ -13,10 +13,10 @@ make_environment() {
     }
     stamp=$({ "$PYTHON" -VV; echo "$PWD" "$@"; cat pyproject.toml constraints.txt; } | cksum)
     if [ "$(cat "$folder/stamp" 2>/dev/null)" != "$stamp" ]; then
-        echo "Making the environment $folder"
+        echo "Making the environment $folder (some minutes)"
         rm -rf "$folder"
         "$PYTHON" -m venv "$folder"
-        "$folder/bin/python" -m pip install --quiet --constraint constraints.txt "$@"
+        "$folder/bin/python" -m pip install -qq --constraint constraints.txt "$@"
         echo "$stamp" >"$folder/stamp"
     fi
 }
