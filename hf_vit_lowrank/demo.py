@@ -12,7 +12,7 @@ from .images import open_images
 from .recipe import CompressionRecipe
 from .sweep import sweep
 
-REDUCTIONS = (0.2, 0.4, 0.6, 0.7, 0.8)
+REDUCTIONS = (0.4, 0.6, 0.8, 0.9, 0.93)
 
 
 def run_demo(output: Path, reduction: float, *, show: bool = True) -> EvaluationReport:
