@@ -126,12 +126,16 @@ def token_weight(gradient: TokenGroups) -> float:
 
 
 def collect_statistics(
-    model: LowRankViTForImageClassification, embeddings: Iterable[Tensor], seed: int = 0
+    model: LowRankViTForImageClassification,
+    embeddings: Iterable[Tensor],
+    seed: int = 0,
+    precision: torch.dtype = torch.float32,
 ) -> list[BlockStatistics]:
     """One pass forward and backward over batches of embeddings (images, tokens, d); one result per block.
 
     The loss is the cross-entropy against a label drawn from the model's own prediction, so the gradients are those of
-    the true Fisher information and no labels are needed.
+    the true Fisher information and no labels are needed. With `precision` bfloat16 the pass runs under autocast; the
+    moments are products of float32 copies and their sums float64 all the same.
 
     Raises:
         RunError: no image came, or a gradient is not finite.
@@ -143,7 +147,9 @@ def collect_statistics(
     ]
     generator = torch.Generator().manual_seed(seed)
     for batch in embeddings:
-        for block_statistics, trace in zip(statistics, _traced_backward(model, batch, generator), strict=True):
+        for block_statistics, trace in zip(
+            statistics, _traced_backward(model, batch, generator, precision), strict=True
+        ):
             _add(block_statistics, trace, config.num_tokens_read)
     if statistics[0].images == 0:
         raise RunError("No calibration image was seen: the calibration data are empty.")
@@ -165,15 +171,16 @@ class _Trace:
 
 
 def _traced_backward(
-    model: LowRankViTForImageClassification, embeddings: Tensor, generator: torch.Generator
+    model: LowRankViTForImageClassification, embeddings: Tensor, generator: torch.Generator, precision: torch.dtype
 ) -> Iterator[_Trace]:
-    stream = embeddings.detach().requires_grad_(True)
+    stream = embeddings.detach().to(model.device).requires_grad_(True)
     traces = []
     blocks: Any = model.vit.blocks
-    for block in blocks:
-        trace = _traced_block(block, stream)
-        traces.append(trace)
-        stream = trace.after_mlp
+    with torch.autocast(stream.device.type, precision, enabled=precision != torch.float32):
+        for block in blocks:
+            trace = _traced_block(block, stream)
+            traces.append(trace)
+            stream = trace.after_mlp
     _require_finite([trace.after_mlp for trace in traces], "activations")
     logits = model.classify(model.vit.norm(stream))[0].float()
     drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
@@ -209,13 +216,13 @@ def _traced_block(block: LowRankViTBlock, stream: Tensor) -> _Trace:
 
 @torch.no_grad()
 def _add(statistics: BlockStatistics, trace: _Trace, num_read: int) -> None:
-    score_gradient, attention_gradient, mlp_gradient = trace.gradients
+    score_gradient, attention_gradient, mlp_gradient = (gradient.float() for gradient in trace.gradients)
     statistics.images += trace.query.shape[0]
-    statistics.query.add(trace.query, num_read)
-    centred = trace.key - trace.key.mean(-2, keepdim=True)
+    statistics.query.add(trace.query.float(), num_read)
+    centred = trace.key.float() - trace.key.float().mean(-2, keepdim=True)
     statistics.key += (centred.transpose(-1, -2) @ centred).sum(0).cpu().double()
-    statistics.context.add(trace.context, num_read)
-    statistics.hidden.add(trace.hidden, num_read)
+    statistics.context.add(trace.context.float(), num_read)
+    statistics.hidden.add(trace.hidden.float(), num_read)
     statistics.score_gradient += score_gradient.square().sum((0, 2, 3)).cpu().double()
     statistics.attention_gradient.add(attention_gradient, num_read)
     statistics.mlp_gradient.add(mlp_gradient, num_read)

@@ -64,6 +64,7 @@ def test_plan_prints_ranks_and_writes_nothing(digits_model, digits_data, tmp_pat
     done = run("plan", digits_model, *options, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "Rank plan" in done.stdout
+    assert "compensation, expected" in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 

@@ -115,3 +115,12 @@ def test_sums_stay_in_float64():
         moments.add(torch.full((1, 1), 1.0 + 2**-20))
     assert moments.first.item() == 4096 + 2**-8  # a float32 sum would have lost the second part
     assert moments.second.dtype == torch.float64
+
+
+def test_bfloat16_gives_nearly_the_same_moments_in_float64(model, embeddings):
+    exact = collect_statistics(model, [embeddings])[0]
+    half = collect_statistics(model, [embeddings], precision=torch.bfloat16)[0]
+    for one, other in ((exact.key, half.key), (exact.hidden.other.second, half.hidden.other.second)):
+        assert other.dtype == torch.float64
+        assert not torch.equal(one, other)
+        assert (one - other).norm() < 0.05 * one.norm()
