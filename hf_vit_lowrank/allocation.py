@@ -8,17 +8,18 @@ from itertools import pairwise
 
 import numpy as np
 
+SMALLEST_SIZE = 1
+
 
 @dataclass(frozen=True)
 class ErrorCurve:
     """`errors[k]` is the predicted rise of the loss at inner size k = 0..len-1; each unit of size costs `unit_cost`.
 
-    smallest: the least size that may be chosen. The largest is the dense one, with the error of index -1.
+    The largest size is the dense one, with the error of index -1; the least that is chosen is SMALLEST_SIZE.
     """
 
     errors: np.ndarray
     unit_cost: int
-    smallest: int = 1
 
     @property
     def largest(self) -> int:
@@ -42,8 +43,8 @@ def allocate(curves: Sequence[ErrorCurve], budget: int) -> list[int]:
     Raises:
         ImpossibleBudgetError: even the smallest sizes cost more.
     """
-    sizes = [curve.smallest for curve in curves]
-    left = budget - sum(curve.smallest * curve.unit_cost for curve in curves)
+    sizes = [SMALLEST_SIZE] * len(curves)
+    left = budget - sum(SMALLEST_SIZE * curve.unit_cost for curve in curves)
     if left < 0:
         raise ImpossibleBudgetError(budget - left)
     steps = [(-slope, piece, size) for piece, curve in enumerate(curves) for slope, size in _hull_steps(curve)]
@@ -57,8 +58,8 @@ def allocate(curves: Sequence[ErrorCurve], budget: int) -> list[int]:
 
 def _hull_steps(curve: ErrorCurve) -> list[tuple[float, int]]:
     """(saving per cost, size reached) of each edge of the lower convex hull, savings falling."""
-    corners = [curve.smallest]
-    for size in range(curve.smallest + 1, curve.largest + 1):
+    corners = [SMALLEST_SIZE]
+    for size in range(SMALLEST_SIZE + 1, curve.largest + 1):
         while len(corners) > 1 and _saving(curve, corners[-2], corners[-1]) <= _saving(curve, corners[-1], size):
             corners.pop()
         corners.append(size)

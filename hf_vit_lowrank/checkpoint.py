@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from .errors import RunError, UserError, as_user_error, reason
 from .images import load_image_processor
-from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
+from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
 
 RECORD = "compression.json"
 CARD = "README.md"
@@ -203,8 +203,7 @@ def _copy_parameters(model: torch.nn.Module, device: torch.device) -> None:
 @torch.no_grad()
 def _probe(model: LowRankViTForImageClassification) -> torch.Tensor:
     """The logits on two images of noise, always the same ones, in eval mode."""
-    size = model.config.image_size
-    shape = (2, model.config.num_channels, *([size, size] if isinstance(size, int) else size))
+    shape = (2, model.config.num_channels, *pair(model.config.image_size))
     pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
     training = model.training
     model.eval()

@@ -64,12 +64,14 @@ class CompressionResult:
 class Calibrated:
     """What any size is made from: the dense model, what the images told about it, and the images' embeddings.
 
-    held_back: embeddings of images that nothing is fitted on, if some were asked for.
+    held_back, expected: embeddings of images that nothing is fitted on, and the dense model's classes for them, if some
+        were asked for.
     """
 
     dense: DenseSource
     fitting: list[Tensor]
     held_back: list[Tensor]
+    expected: Tensor
     statistics: list[BlockStatistics]
     candidates: list[BlockCandidates]
     calibration: dict[str, Any]
@@ -146,11 +148,14 @@ def calibrate(
         dense = load_dense(source, revision=revision, allow_pickle=allow_pickle)
         dense.model.requires_grad_(False)
         torch.nn.Module.to(dense.model, pick_device(device))
+        if recipe.min_agreement is None:
+            _limit(dense, recipe)  # a model to match that cannot be read is found before the long work
     with _timed(seconds, "images"):
         held_back: list[Tensor] = []
         fitting = _embed(dense, calibration, recipe.batch_size)
         if hold_back:
             fitting, held_back = _split(fitting)
+        expected = _predictions(dense.model, held_back)
     with _timed(seconds, "statistics"):
         batches = track(fitting, "Statistics", sum(map(len, fitting)), size=len)
         half = dense.model.device.type == "cuda" and torch.cuda.is_bf16_supported()
@@ -162,7 +167,7 @@ def calibrate(
             block_candidates(*pair) for pair in track(blocks, "Error curves", len(dense.model.vit.blocks), "blocks")
         ]
     about = {**calibration.description, "images": sum(map(len, fitting + held_back)), "sha256": calibration.sha256}
-    return Calibrated(dense, fitting, held_back, statistics, candidates, about, seconds)
+    return Calibrated(dense, fitting, held_back, expected, statistics, candidates, about, seconds)
 
 
 def build(calibrated: Calibrated, recipe: CompressionRecipe) -> CompressionResult:
@@ -280,10 +285,8 @@ def _smallest_agreeing(calibrated: Calibrated, recipe: CompressionRecipe) -> Com
 
 def held_back_agreement(calibrated: Calibrated, model: LowRankViTForImageClassification) -> float:
     """Share of the held-back images that a model (on the CPU) and the dense model put into the same class."""
-    dense = calibrated.dense.model
-    expected = _predictions(dense, calibrated.held_back)
-    torch.nn.Module.to(model, dense.device)
-    agreement = (_predictions(model, calibrated.held_back) == expected).double().mean().item()
+    torch.nn.Module.to(model, calibrated.dense.model.device)
+    agreement = (_predictions(model, calibrated.held_back) == calibrated.expected).double().mean().item()
     model.cpu()
     return agreement
 
@@ -291,7 +294,7 @@ def held_back_agreement(calibrated: Calibrated, model: LowRankViTForImageClassif
 @torch.no_grad()
 def _predictions(model: LowRankViTForImageClassification, embeddings: Sequence[Tensor]) -> Tensor:
     """The predicted class of every image, from batches of embeddings."""
-    chosen = []
+    chosen = [torch.empty(0, dtype=torch.long)]
     for batch in embeddings:
         stream = batch.to(model.device)
         for block in model.vit.blocks:

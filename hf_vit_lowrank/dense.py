@@ -24,7 +24,7 @@ from huggingface_hub.errors import (
 )
 from transformers import PreTrainedModel
 
-from .errors import UserError
+from .errors import UserError, as_user_error, reason
 from .images import load_image_processor
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
@@ -227,14 +227,8 @@ def _local_folder(
     except RevisionNotFoundError as error:
         raise UserError(f"'{source}' has no revision '{revision}': name a branch, tag or commit of it.") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(
-            f"'{source}' is no folder here, and the hub could not be reached: {_first_line(error)}"
-        ) from error
+        raise UserError(f"'{source}' is no folder here, and the hub could not be reached: {reason(error)}.") from error
     return folder, folder.name
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def _checked_architecture(folder: Path, source: str) -> str:
@@ -261,7 +255,7 @@ def _load_transformers(folder: Path, source: str, architecture: str, allow_pickl
             f"'{source}' has no .safetensors weights; convert them, or pass --allow-pickle if you trust its author "
             "(reading a pickle can run code)."
         )
-    try:
+    with as_user_error(f"The weights of '{source}' could not be read"):
         dense, info = getattr(transformers, architecture).from_pretrained(
             folder,
             use_safetensors=None if allow_pickle else True,
@@ -269,8 +263,6 @@ def _load_transformers(folder: Path, source: str, architecture: str, allow_pickl
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except Exception as error:  # safetensors, torch and transformers each raise classes of their own
-        raise UserError(f"The weights of '{source}' could not be read: {_first_line(error)}") from error
     if info["missing_keys"]:
         raise UserError(f"'{source}' lacks weights, the first is {min(info['missing_keys'])}: get a whole copy.")
     for name, parameter in dense.named_parameters():

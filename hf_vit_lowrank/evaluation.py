@@ -25,7 +25,7 @@ from .dense import SUPPORTED
 from .errors import RunError, UserError, as_user_error
 from .images import ImageStream, PixelBatch, load_image_processor, match_labels, pixel_batches
 from .progress import track
-from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
+from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
 
 logger = logging.getLogger(__name__)
 
@@ -125,9 +125,7 @@ def count_parameters(model: torch.nn.Module) -> int:
 @torch.no_grad()
 def count_flops(model: PreTrainedModel) -> int:
     """Floating-point operations of all matrix products for one image, a multiply-add counted as two."""
-    size = model.config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    image = torch.zeros(1, model.config.num_channels, height, width, device=model.device)
+    image = torch.zeros(1, model.config.num_channels, *pair(model.config.image_size), device=model.device)
     # The fused attention kernels have no FLOP formula on every device; the plain products have.
     with _evaluating(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(pixel_values=image)

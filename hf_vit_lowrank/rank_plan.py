@@ -9,6 +9,7 @@ from .allocation import ImpossibleBudgetError, allocate
 from .candidates.block import BlockCandidates, UnitCosts
 from .errors import UserError
 from .remote.configuration_lowrank_vit import LowRankViTConfig
+from .remote.modeling_lowrank_vit import pair
 
 
 @dataclass(frozen=True)
@@ -113,15 +114,11 @@ def _flop_costs(config: LowRankViTConfig) -> tuple[list[UnitCosts], int]:
 
 def num_tokens(config: LowRankViTConfig) -> int:
     """Patches and prefix tokens of one image."""
-    height, width = _pair(config.image_size)
-    patch_height, patch_width = _pair(config.patch_size)
+    height, width = pair(config.image_size)
+    patch_height, patch_width = pair(config.patch_size)
     return (height // patch_height) * (width // patch_width) + config.num_prefix_tokens
 
 
 def _patch_values(config: LowRankViTConfig) -> int:
-    height, width = _pair(config.patch_size)
+    height, width = pair(config.patch_size)
     return config.num_channels * height * width
-
-
-def _pair(size: int | list[int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .errors import RunError
-from .remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification, split_heads
+from .remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification, merge_heads, split_heads
 
 # Read tokens get weight 1. Other tokens get at least this, or a block would be fitted to one token an image alone.
 SMALLEST_TOKEN_WEIGHT = 0.002
@@ -207,7 +207,7 @@ def _traced_block(block: LowRankViTBlock, stream: Tensor) -> _Trace:
     query, key = split_heads(attention.query(normed), ranks, size), split_heads(keys, ranks, size)
     value = split_heads(values, attention.value_output_ranks, attention.value_output_ranks[0])
     scores = query @ key.transpose(-1, -2)
-    context = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+    context = merge_heads(scores.softmax(-1) @ value, attention.value_output_ranks)
     after_attention = stream + attention.output(context)
     hidden = block.mlp.activation(block.mlp.up(block.mlp_norm(after_attention)))
     after_mlp = after_attention + block.mlp.down(hidden)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -49,8 +49,7 @@ def keep_units(
 
     hidden: moments of all w units.
     """
-    selection = torch.eye(len(hidden.first), dtype=torch.float64)[kept]
-    weight, change = _refit(down, selection, hidden)
+    weight, change = _refit(down, lambda units: units[kept], hidden)
     set_linear(small.mlp.up, dense.mlp.up.weight[kept], dense.mlp.up.bias[kept])
     set_linear(small.mlp.down, weight, bias.detach().cpu().double() + change)
 
@@ -83,21 +82,21 @@ def _shrink_attention(
         kept = candidates.value_output.elimination.kept(sum(attention.value_output_ranks))
         rotation = torch.block_diag(*candidates.value_output.basis)[kept]
         contexts = statistics.context.weighted(token_weight(statistics.attention_gradient))
-        weight, change = _refit(source.output.weight, rotation, contexts)
+        weight, change = _refit(source.output.weight, lambda values: rotation @ values, contexts)
         value = rotation @ value
         set_linear(attention.output, weight, source.output.bias.cpu().double() + change)
     set_linear(attention.query, query, query_bias)
     set_linear(attention.key_value, torch.cat((key, value)))
 
 
-def _refit(weight: Tensor, inputs: Tensor, moments: Moments) -> tuple[Tensor, Tensor]:
-    """Least squares: (W', b') such that W' (inputs @ x) + b' is nearest to weight @ x.
+def _refit(weight: Tensor, inputs: Callable[[Tensor], Tensor], moments: Moments) -> tuple[Tensor, Tensor]:
+    """Least squares: (W', b') such that W' inputs(x) + b' is nearest to weight @ x.
 
-    weight (m, n), inputs (k, n), moments of x (n). W' is (m, k), b' (m,).
+    weight (m, n), inputs: a linear map of n rows to k rows, moments of x (n). W' is (m, k), b' (m,).
     """
     weight = weight.detach().cpu().double()
     covariance = moments.covariance()
-    seen = inputs @ covariance
-    refitted = ridge_solve(seen @ inputs.mT, seen @ weight.mT, REFIT_RIDGE)
+    seen = inputs(covariance)
+    refitted = ridge_solve(inputs(seen.mT), seen @ weight.mT, REFIT_RIDGE)
     mean = moments.first / moments.count
-    return refitted, weight @ mean - refitted @ (inputs @ mean)
+    return refitted, weight @ mean - refitted @ inputs(mean)

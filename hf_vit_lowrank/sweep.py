@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from .charts import size_chart
-from .compress import Calibrated, CompressionResult, build, calibrate, held_back_agreement
+from .compress import Calibrated, build, calibrate, held_back_agreement
 from .errors import UserError
 from .evaluation import count_flops, evaluate_classifier
 from .images import ImageStream
 from .recipe import CompressionRecipe
+from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
 
 _COLUMNS = {
     "reduction": "removed",
@@ -56,8 +57,13 @@ def sweep(
         allow_pickle=allow_pickle,
         device=device,
     )
-    rows = [_row(calibrated, build(calibrated, replace(recipe, reduction=size)), size, dataset) for size in reductions]
-    rows.insert(0, _dense_row(calibrated, dataset))
+    dense, rows = calibrated.dense, []
+    for size in reductions:
+        result = build(calibrated, replace(recipe, reduction=size))
+        accuracy, dense_accuracy = _accuracies(calibrated, result.model, dataset)
+        report = result.report
+        rows.append(_row(size, report["parameters"], result.model, report["predicted_loss"], accuracy))
+    rows.insert(0, _row(0.0, dense.parameters, dense.model, 0.0, dense_accuracy))
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sweep.json").write_text(_as_json(calibrated, recipe, dataset, rows), encoding="utf-8")
@@ -67,42 +73,38 @@ def sweep(
 
 
 def _row(
-    calibrated: Calibrated, result: CompressionResult, reduction: float, dataset: ImageStream | None
+    reduction: float,
+    parameters: int,
+    model: LowRankViTForImageClassification,
+    predicted_loss: float,
+    accuracy: dict[str, float | None],
 ) -> dict[str, Any]:
-    dense, model = calibrated.dense, result.model
-    row: dict[str, Any] = {
+    return {
         "reduction": reduction,
-        "parameters": result.report["parameters"],
-        "bytes": sum(tensor.nbytes for tensor in model.state_dict().values()),
+        "parameters": parameters,
+        "bytes": 4 * parameters,
         "flops": count_flops(model),
-        "top1": None,
-        "top5": None,
-        "predicted_loss": result.report["predicted_loss"],
+        **accuracy,
+        "predicted_loss": predicted_loss,
     }
+
+
+def _accuracies(
+    calibrated: Calibrated, model: LowRankViTForImageClassification, dataset: ImageStream | None
+) -> tuple[dict[str, float | None], dict[str, float | None]]:
+    """Agreement, top-1 and top-5 in percent, of a compressed model and of the dense one."""
     if dataset is None:
-        return {**row, "agreement": 100 * held_back_agreement(calibrated, model)}
+        unknown = {"top1": None, "top5": None}
+        return {"agreement": 100 * held_back_agreement(calibrated, model), **unknown}, {"agreement": 100.0, **unknown}
+    dense = calibrated.dense
     measured = evaluate_classifier(
         model, dense.image_processor, dataset, device=str(dense.model.device), against=dense.model
+    ).to_dict()
+    small, whole = (
+        {"agreement": agreement, "top1": figures["top1"], "top5": figures["top5"]}
+        for agreement, figures in ((measured["agreement"], measured), (100.0, measured["against"]))
     )
-    return {**row, "agreement": measured.agreement, "top1": measured.top1, "top5": measured.top5}
-
-
-def _dense_row(calibrated: Calibrated, dataset: ImageStream | None) -> dict[str, Any]:
-    dense = calibrated.dense
-    row: dict[str, Any] = {
-        "reduction": 0.0,
-        "parameters": dense.parameters,
-        "bytes": 4 * dense.parameters,
-        "flops": count_flops(dense.model),
-        "agreement": 100.0,
-        "top1": None,
-        "top5": None,
-        "predicted_loss": 0.0,
-    }
-    if dataset is not None:
-        measured = evaluate_classifier(dense.model, dense.image_processor, dataset, device=str(dense.model.device))
-        row.update(top1=measured.top1, top5=measured.top5)
-    return row
+    return small, whole
 
 
 def _as_json(

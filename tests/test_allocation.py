@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_vit_lowrank.allocation import ErrorCurve, ImpossibleBudgetError, allocate
+from hf_vit_lowrank.allocation import SMALLEST_SIZE, ErrorCurve, ImpossibleBudgetError, allocate
 
 
 @st.composite
@@ -28,7 +28,7 @@ def total_cost(curves, sizes):
 
 
 def best_by_search(curves, budget):
-    choices = product(*(range(curve.smallest, curve.largest + 1) for curve in curves))
+    choices = product(*(range(SMALLEST_SIZE, curve.largest + 1) for curve in curves))
     return min(total_error(curves, sizes) for sizes in choices if total_cost(curves, sizes) <= budget)
 
 

@@ -64,13 +64,13 @@ def block_candidates(block: LowRankViTBlock, statistics: BlockStatistics) -> Blo
             for query, key in zip(queries.second, statistics.key, strict=True)
         ],
         value_output=value_output_candidate(
-            block.attention.output.weight,
+            block.attention.output.weight.detach().cpu(),
             statistics.context.weighted(attention_weight).covariance() / images,
             output_metric(statistics.attention_gradient, attention_weight),
             heads,
         ),
         width=mlp_width_candidate(
-            block.mlp.down.weight,
+            block.mlp.down.weight.detach().cpu(),
             statistics.hidden.weighted(mlp_weight).covariance() / images,
             output_metric(statistics.mlp_gradient, mlp_weight),
         ),

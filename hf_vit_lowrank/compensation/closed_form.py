@@ -111,8 +111,9 @@ def _refit_mlp(
         set_linear(down, full, bias)
     else:
         metric = output_metric(statistics.mlp_gradient, weight)
-        kept = mlp_width_candidate(full, fit.inputs.covariance(), metric).kept(down.in_features)
-        keep_units(block, source, kept, full, bias, fit.inputs)
+        units = fit.inputs
+        kept = mlp_width_candidate(full, units.covariance(), metric).kept(down.in_features)
+        keep_units(block, source, kept, full, bias, units)
     for index, small_batch in enumerate(small_stream):
         small_batch = small_batch.to(device)
         small_stream[index] = (small_batch + block.mlp(block.mlp_norm(small_batch))).cpu()

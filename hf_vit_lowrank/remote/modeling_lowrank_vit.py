@@ -31,7 +31,8 @@ class LowRankViTImageClassifierOutput(ImageClassifierOutput):
     distillation_logits: torch.Tensor | None = None
 
 
-def _pair(size: Any) -> tuple[int, int]:
+def pair(size: Any) -> tuple[int, int]:
+    """(height, width) of a size that a configuration gives as one number or as two."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
@@ -40,7 +41,7 @@ class LowRankViTEmbeddings(nn.Module):
 
     def __init__(self, config: LowRankViTConfig):
         super().__init__()
-        self.image_size, self.patch_size = _pair(config.image_size), _pair(config.patch_size)
+        self.image_size, self.patch_size = pair(config.image_size), pair(config.patch_size)
         self.num_channels = config.num_channels
         self.grid = (self.image_size[0] // self.patch_size[0], self.image_size[1] // self.patch_size[1])
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
