@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -9,6 +10,9 @@ from itertools import pairwise
 import numpy as np
 
 SMALLEST_SIZE = 1
+# The schedule of `energy_greedy`, in steps (arXiv 2402.06004).
+GREEDY_DECAY = 80.0
+GREEDY_STEPS = 500
 
 
 @dataclass(frozen=True)
@@ -83,3 +87,40 @@ def _spend(curves: Sequence[ErrorCurve], sizes: list[int], left: int) -> list[in
             return sizes
         sizes[chosen] += 1
         left -= curves[chosen].unit_cost
+
+
+def energy_greedy(curves: Sequence[ErrorCurve], budget: int) -> list[int]:
+    """Sizes whose costs stay within `budget`, by the greedy energy rule of arXiv 2402.06004 (design 3.4).
+
+    Every curve starts at its largest size and is divided by its error at size 0, which makes it the share of the energy
+    that is lost. The cost may fall as N(t) = N_budget + (N_0 - N_budget) exp(-t / 80), t = 1..500, then to the budget:
+    in each step the piece that loses the least energy for it is made smaller by as much as the step demands. Where a
+    piece is used up before, the next one follows, losses compared per cost.
+
+    Raises:
+        ImpossibleBudgetError: even the smallest sizes cost more.
+    """
+    smallest = sum(SMALLEST_SIZE * curve.unit_cost for curve in curves)
+    if smallest > budget:
+        raise ImpossibleBudgetError(smallest)
+    sizes = [curve.largest for curve in curves]
+    cost = start = sum(curve.largest * curve.unit_cost for curve in curves)
+    for step in range(1, GREEDY_STEPS + 1):
+        share = math.exp(-step / GREEDY_DECAY) if step < GREEDY_STEPS else 0.0
+        allowed = budget + (start - budget) * share
+        while cost > allowed:
+            piece, smaller = _least_loss(curves, sizes, cost - allowed)
+            cost -= (sizes[piece] - smaller) * curves[piece].unit_cost
+            sizes[piece] = smaller
+    return sizes
+
+
+def _least_loss(curves: Sequence[ErrorCurve], sizes: Sequence[int], excess: float) -> tuple[int, int]:
+    """The piece that loses the least share of its energy per cost when `excess` is taken from it, and its size then."""
+    best = (math.inf, 0, 0)
+    for piece, (curve, size) in enumerate(zip(curves, sizes, strict=True)):
+        smaller = max(SMALLEST_SIZE, size - math.ceil(excess / curve.unit_cost))
+        if smaller < size:
+            lost = float(curve.errors[smaller] - curve.errors[size]) / (float(curve.errors[0]) or 1.0)
+            best = min(best, (lost / ((size - smaller) * curve.unit_cost), piece, smaller))
+    return best[1], best[2]

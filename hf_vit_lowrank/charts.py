@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-_OURS = "#1f5fbf"
+from .recipe import COMPENSATIONS, OURS
+
+_COMPRESSED = "#1f5fbf"
 _DENSE = "#444444"
+_OURS_SHADES = ("#9ec5f4", "#4f8fe0", "#1f5fbf", "#0b2f6b")  # a compensation that goes farther is darker
+_RIVALS = matplotlib.colormaps["tab20"]
+_MARKERS = "sD^vPX<>hpd*"
+# No date and no version of matplotlib in the file: the same numbers give the same bytes.
+_NO_METADATA = {"Software": None}
 
 
 def size_chart(rows: Sequence[dict[str, Any]], dense: dict[str, Any], path: str | Path) -> None:
@@ -31,7 +40,9 @@ def size_chart(rows: Sequence[dict[str, Any]], dense: dict[str, Any], path: str 
     axes = figure.subplots()
     axes.axhline(level, color=_DENSE, linestyle="--", linewidth=1, zorder=1)
     axes.plot(dense["parameters"], level, "D", color=_DENSE, markersize=6, label=f"dense: {level:.1f} %")
-    axes.plot(sizes, values, "o-", color=_OURS, linewidth=2, markersize=6, label="compressed (parameters removed)")
+    axes.plot(
+        sizes, values, "o-", color=_COMPRESSED, linewidth=2, markersize=6, label="compressed (parameters removed)"
+    )
     for row, size, value in zip(rows, sizes, values, strict=True):
         text = f"{value:.1f} %\n(−{100 * row['reduction']:.0f} %)"
         axes.annotate(text, (size, value), xytext=(6, -4), textcoords="offset points", va="top", fontsize=8)
@@ -46,8 +57,107 @@ def size_chart(rows: Sequence[dict[str, Any]], dense: dict[str, Any], path: str 
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower right", frameon=False)
-    # No date and no version of matplotlib in the file: the same sweep gives the same bytes.
-    figure.savefig(Path(path), format="png", metadata={"Software": None})
+    figure.savefig(Path(path), format="png", metadata=_NO_METADATA)
+
+
+def methods_chart(cells: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Draw top-1 accuracy against the number of parameters, a line for each method, ours in front, into a PNG file.
+
+    cells: one dict per model, the dense one's first, with `method` ("svd", "mixed-rank/closed-form"), `quantised` (not
+        None: left out), `parameters` and `top1` in percent.
+    """
+    figure, axes = _accuracy_axes(cells[0], "parameters")
+    lines = _lines(cell for cell in cells[1:] if not cell["quantised"])
+    _draw_ours(axes, lines, "parameters")
+    for index, (name, line) in enumerate(lines.items()):
+        if not _is_ours(line[0]):
+            style = {"color": _RIVALS(index % 20), "marker": _MARKERS[index % len(_MARKERS)], "markersize": 4}
+            _draw(axes, line, "parameters", label=name, linewidth=1, zorder=2, **style)
+    axes.set_xlim(0, 1.06 * cells[0]["parameters"])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:g} M"))
+    axes.set_xlabel("parameters")
+    _save(figure, axes, path)
+
+
+def bytes_chart(cells: Sequence[dict[str, Any]], path: str | Path) -> None:
+    """Draw top-1 accuracy against bytes on disk: the dense model and ours, each with fewer bits too, into a PNG file.
+
+    cells: as for `methods_chart`, with `bytes`; other methods are left out.
+    """
+    figure, axes = _accuracy_axes(cells[0], "bytes")
+    for cell, marker in zip((cell for cell in cells[1:] if cell["method"] == "dense"), "^v", strict=False):
+        label = f"dense, {cell['quantised']}: {cell['top1']:.1f} %"
+        axes.plot(cell["bytes"], cell["top1"], marker, color=_DENSE, markersize=8, label=label, zorder=4)
+    _draw_ours(axes, _lines(cell for cell in cells[1:] if _is_ours(cell)), "bytes")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator([1e6 * 2.0**power for power in range(-10, 14)]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / 1e6:.3g} MB"))
+    axes.set_xlabel("bytes on disk (logarithmic)")
+    _save(figure, axes, path)
+
+
+def _is_ours(cell: dict[str, Any]) -> bool:
+    return cell["method"].partition("/")[0] == OURS
+
+
+def _lines(cells: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """The sizes of each method, largest model first."""
+    lines: dict[str, list[dict[str, Any]]] = {}
+    for cell in sorted(cells, key=lambda cell: -cell["parameters"]):
+        name = cell["method"] + (f", {cell['quantised']}" if cell["quantised"] else "")
+        lines.setdefault(name, []).append(cell)
+    # The legend has the order of the lines at their small end, where they are farthest apart.
+    return dict(sorted(lines.items(), key=lambda item: (-item[1][-1]["top1"], item[0])))
+
+
+def _draw_ours(axes: Axes, lines: dict[str, list[dict[str, Any]]], measure: str) -> None:
+    """Each compensation in a blue of its own, dashed and hollow where quantised; accuracies written at the best one."""
+    ours = {name: line for name, line in lines.items() if _is_ours(line[0])}
+    methods = sorted({line[0]["method"] for line in ours.values()}, key=_strength)
+    for index, (name, line) in enumerate(ours.items()):
+        shade = _OURS_SHADES[len(_OURS_SHADES) - len(methods) + methods.index(line[0]["method"])]
+        style = {"linestyle": "--", "markerfacecolor": "white"} if line[0]["quantised"] else {}
+        _draw(axes, line, measure, label=f"ours: {name}", color=shade, marker="o", linewidth=2.4, zorder=5, **style)
+        if index == 0:
+            for cell in line:
+                axes.annotate(
+                    f"{cell['top1']:.1f}",
+                    (cell[measure], cell["top1"]),
+                    xytext=(-5, 6),
+                    textcoords="offset points",
+                    ha="right",
+                    fontsize=8,
+                    color=shade,
+                    bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5},
+                    zorder=6,
+                )
+
+
+def _strength(method: str) -> int:
+    """How far a method of ours goes in repairing: none, closed-form, gradient, distill."""
+    return COMPENSATIONS.index(method.partition("/")[2])
+
+
+def _draw(axes: Axes, line: Sequence[dict[str, Any]], measure: str, **style: Any) -> None:
+    axes.plot([cell[measure] for cell in line], [cell["top1"] for cell in line], **style)
+
+
+def _accuracy_axes(dense: dict[str, Any], measure: str) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8.5, 5), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(dense["top1"], color=_DENSE, linestyle="--", linewidth=1, zorder=1)
+    label = f"dense: {dense['top1']:.1f} %"
+    axes.plot(dense[measure], dense["top1"], "D", color=_DENSE, markersize=6, label=label, zorder=4)
+    return figure, axes
+
+
+def _save(figure: Figure, axes: Axes, path: str | Path) -> None:
+    axes.yaxis.set_major_locator(MaxNLocator(9))
+    axes.set_ylabel("top-1 accuracy (%)")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+    figure.savefig(Path(path), format="png", metadata=_NO_METADATA)
 
 
 def short_number(value: float) -> str:

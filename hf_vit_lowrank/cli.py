@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
+import shutil
 import sys
 import traceback
 from collections.abc import Callable
-from enum import Enum
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,11 +16,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import RunError, UserError, reason
+from .recipe import COMPENSATIONS, COSTS, OURS, PRESETS, CompressionRecipe
 
 # Everything that needs time to import is imported inside the commands.
 if TYPE_CHECKING:
     from .images import ImageStream
-    from .recipe import CompressionRecipe
 
 app = typer.Typer(
     name="hf-vit-lowrank",
@@ -31,15 +32,8 @@ app = typer.Typer(
 )
 
 
-class Cost(str, Enum):
-    parameters = "parameters"
-    flops = "flops"
-
-
-class Compensation(str, Enum):
-    none = "none"
-    closed_form = "closed-form"
-
+# What --smoke leaves of the calibration images.
+SMOKE_SAMPLES = 64
 
 # ------------------------------------------------------------------------------------- the options, each defined once
 
@@ -85,8 +79,24 @@ OptionalDataset = Annotated[
 DatasetSplit = Annotated[str | None, _option("Split of --dataset.", **_IMAGES)]
 DatasetConfig = Annotated[str | None, _option("Configuration of --dataset.", **_IMAGES)]
 
-CostOption = Annotated[Cost, _option("What the budget counts, and what ranks compete for.")]
-CompensationOption = Annotated[Compensation, _option("Refit the remaining weights, block by block, or not.")]
+Cost = Annotated[str, _option("What the budget counts and ranks compete for.", metavar="|".join(COSTS))]
+Preset = Annotated[
+    str,
+    _option(f"The method: this package's own, or one to compare with: {', '.join(PRESETS[1:])}.", metavar="NAME"),
+]
+Compensation = Annotated[
+    str | None,
+    _option(
+        "Repair by refits (closed-form), by refits and training block by block (gradient), or by refits and training "
+        "the whole model (distill). "
+        f"Default: closed-form for {OURS}, none for other presets.",
+        metavar="|".join(COMPENSATIONS),
+    ),
+]
+DistillEpochs = Annotated[int, _option("Passes over the images in distillation.", min=1)]
+DistillLr = Annotated[float, _option("Peak learning rate of distillation.")]
+Labels = Annotated[bool, _option("Let distillation learn from the labels as well.", "--labels")]
+Smoke = Annotated[bool, _option("A few steps of distillation only, to see that everything works.", "--smoke")]
 QueryKeyWeight = Annotated[float, _option("Factor on the error curves of query and key, which predict too little.")]
 
 Seed = Annotated[int, _option("Seed of the choice of images.", min=0, **_RUN)]
@@ -175,8 +185,13 @@ def compress(
     config: Config = None,
     image_column: ImageColumn = None,
     samples: Samples = 1024,
-    cost: CostOption = Cost.parameters,
-    compensation: CompensationOption = Compensation.closed_form,
+    cost: Cost = "parameters",
+    preset: Preset = OURS,
+    compensation: Compensation = None,
+    distill_epochs: DistillEpochs = 100,
+    distill_lr: DistillLr = 3e-4,
+    labels: Labels = False,
+    smoke: Smoke = False,
     query_key_weight: QueryKeyWeight = 4.0,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
@@ -193,13 +208,36 @@ def compress(
     from .compress import compress as run
 
     recipe = _recipe(
-        reduction, max_parameters, match, min_agreement, cost, compensation, samples, batch_size, seed, query_key_weight
+        reduction=reduction,
+        max_parameters=max_parameters,
+        match=match,
+        min_agreement=min_agreement,
+        cost=cost,
+        preset=preset,
+        compensation=compensation,
+        distill_epochs=1 if smoke else distill_epochs,
+        distill_lr=distill_lr,
+        labels=labels,
+        samples=min(samples, SMOKE_SAMPLES) if smoke else samples,
+        batch_size=batch_size,
+        seed=seed,
+        query_key_weight=query_key_weight,
     )
     _refuse_source(output, source)
     check_target(output, 0, overwrite=overwrite)
     images = _calibration_images(calibration, config, split, image_column, recipe)
-    result = run(source, images, recipe, revision=revision, allow_pickle=allow_pickle, device=device)
+    run_folder = _run_folder(output, recipe, source, images)
+    result = run(
+        source,
+        images,
+        recipe,
+        revision=revision,
+        allow_pickle=allow_pickle,
+        device=device,
+        run_folder=run_folder,
+    )
     result.save_pretrained(output, overwrite=overwrite)
+    shutil.rmtree(run_folder, ignore_errors=True)
     if not quiet:
         tables.show_compression(result.report, output)
 
@@ -216,8 +254,8 @@ def plan(
     config: Config = None,
     image_column: ImageColumn = None,
     samples: Samples = 1024,
-    cost: CostOption = Cost.parameters,
-    compensation: CompensationOption = Compensation.closed_form,
+    cost: Cost = "parameters",
+    compensation: Compensation = None,
     query_key_weight: QueryKeyWeight = 4.0,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
@@ -233,7 +271,16 @@ def plan(
     from .compress import plan as run
 
     recipe = _recipe(
-        reduction, max_parameters, match, min_agreement, cost, compensation, samples, batch_size, seed, query_key_weight
+        reduction=reduction,
+        max_parameters=max_parameters,
+        match=match,
+        min_agreement=min_agreement,
+        cost=cost,
+        compensation=compensation,
+        samples=samples,
+        batch_size=batch_size,
+        seed=seed,
+        query_key_weight=query_key_weight,
     )
     _check_file(json)
     images = _calibration_images(calibration, config, split, image_column, recipe)
@@ -261,8 +308,12 @@ def sweep(
     config: Config = None,
     image_column: ImageColumn = None,
     samples: Samples = 1024,
-    cost: CostOption = Cost.parameters,
-    compensation: CompensationOption = Compensation.closed_form,
+    cost: Cost = "parameters",
+    preset: Preset = OURS,
+    compensation: Compensation = None,
+    distill_epochs: DistillEpochs = 100,
+    distill_lr: DistillLr = 3e-4,
+    labels: Labels = False,
     query_key_weight: QueryKeyWeight = 4.0,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
@@ -279,7 +330,19 @@ def sweep(
     from .sweep import sweep as run
 
     sizes = _parse_reductions(reductions)
-    recipe = _recipe(sizes[0], None, None, None, cost, compensation, samples, batch_size, seed, query_key_weight)
+    recipe = _recipe(
+        reduction=sizes[0],
+        cost=cost,
+        preset=preset,
+        compensation=compensation,
+        distill_epochs=distill_epochs,
+        distill_lr=distill_lr,
+        labels=labels,
+        samples=samples,
+        batch_size=batch_size,
+        seed=seed,
+        query_key_weight=query_key_weight,
+    )
     _refuse_source(output, source)
     _check_folder(output, overwrite)
     images = _calibration_images(calibration, config, split, image_column, recipe)
@@ -365,41 +428,20 @@ def demo(
 # ---------------------------------------------------------------------------------------------------- checks of options
 
 
-def _recipe(
-    reduction: float | None,
-    max_parameters: str | None,
-    match: str | None,
-    min_agreement: float | None,
-    cost: Cost,
-    compensation: Compensation,
-    samples: int,
-    batch_size: int,
-    seed: int,
-    query_key_weight: float,
-) -> CompressionRecipe:
-    from .recipe import CompressionRecipe
-
-    targets = {
-        "--reduction": reduction,
-        "--max-parameters": max_parameters,
-        "--match": match,
-        "--min-agreement": min_agreement,
-    }
+def _recipe(max_parameters: str | None = None, **fields: Any) -> CompressionRecipe:
+    targets = {"--reduction": fields.get("reduction"), "--max-parameters": max_parameters}
+    targets |= {"--match": fields.get("match"), "--min-agreement": fields.get("min_agreement")}
     given = [name for name, value in targets.items() if value is not None]
     if len(given) != 1:
         raise UserError(f"Say how small by exactly one of {', '.join(targets)} (given: {', '.join(given) or 'none'}).")
-    return CompressionRecipe(
-        reduction=reduction,
-        max_parameters=None if max_parameters is None else _parse_count(max_parameters),
-        match=match,
-        min_agreement=min_agreement,
-        cost=cost.value,
-        compensation=compensation.value,
-        samples=samples,
-        batch_size=batch_size,
-        seed=seed,
-        query_key_weight=query_key_weight,
-    )
+    count = None if max_parameters is None else _parse_count(max_parameters)
+    return CompressionRecipe(max_parameters=count, **fields)
+
+
+def _run_folder(output: Path, recipe: CompressionRecipe, source: str, images: ImageStream) -> Path:
+    """Hidden beside the output; the same command finds what it left there, another one does not."""
+    inputs = dumps([recipe.to_dict(), source, images.description], sort_keys=True)
+    return output.absolute().parent / f".{output.name}.run-{hashlib.sha256(inputs.encode()).hexdigest()[:12]}"
 
 
 def _parse_count(text: str) -> int:

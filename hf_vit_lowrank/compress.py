@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 
+from .augmentation import RandomViews
 from .candidates.block import BlockCandidates, block_candidates
 from .checkpoint import save_checkpoint
 from .compensation.closed_form import compensate_closed_form
+from .compensation.distill import distill
+from .compensation.gradient import compensate_gradient
 from .dense import DenseSource, dense_parameters, load_dense
 from .errors import UserError
-from .evaluation import pick_device
+from .evaluation import class_of_label, count_flops, count_parameters, pick_device
 from .images import ImageStream, open_images, pixel_batches
 from .model_card import model_card
+from .precision import half_precision
+from .presets import PRESETS
+from .presets.inputs import PresetInputs
 from .progress import track
 from .rank_plan import RankPlan, budgeted_ranks, plan_cost
-from .recipe import CompressionRecipe
-from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
+from .recipe import OURS, CompressionRecipe
+from .remote.configuration_lowrank_vit import LowRankViTConfig
+from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
 from .statistics import BlockStatistics, collect_statistics
 from .surgery import shrink
 
-# Share of the calibration images that --min-agreement holds back to measure on, and the step its search ends at.
-HELD_BACK = 0.2
+# Share of the calibration images held back: to measure agreement on, and to decide what training may keep.
+AGREEMENT_SHARE = 0.2
+TRAINING_SHARE = 0.1
+# The step that the search for --min-agreement ends at.
 SMALLEST_STEP = 0.01
+# Random views of every calibration image beside the image itself, for training block by block.
+VIEWS = 2
+TRAINED = ("gradient", "distill")
 
 
 @dataclass(frozen=True)
@@ -64,18 +80,37 @@ class CompressionResult:
 class Calibrated:
     """What any size is made from: the dense model, what the images told about it, and the images' embeddings.
 
-    held_back, expected: embeddings of images that nothing is fitted on, and the dense model's classes for them, if some
-        were asked for.
+    held_back, expected: embeddings of images that nothing is fitted on, the last of the stream, and the dense model's
+        logits for them, if some were asked for.
     """
 
     dense: DenseSource
+    images: ImageStream
     fitting: list[Tensor]
     held_back: list[Tensor]
     expected: Tensor
     statistics: list[BlockStatistics]
-    candidates: list[BlockCandidates]
     calibration: dict[str, Any]
+    seed: int
     seconds: dict[str, float]
+
+    @cached_property
+    def candidates(self) -> list[BlockCandidates]:
+        """Error curves and what they come from, one per block."""
+        model = self.dense.model
+        blocks: Any = zip(model.vit.blocks, self.statistics, strict=True)
+        with _timed(self.seconds, "candidates"):
+            return [block_candidates(*pair) for pair in track(blocks, "Error curves", len(model.vit.blocks), "blocks")]
+
+    @cached_property
+    def presets(self) -> PresetInputs:
+        """What the other methods are built from."""
+        return PresetInputs(self.dense.model, self.fitting, self.statistics, self.seed)
+
+    @cached_property
+    def views(self) -> RandomViews:
+        """All images, the held-back ones last; decoded when first asked for."""
+        return RandomViews(self.images, self.dense.image_processor, pair(self.dense.model.config.image_size))
 
 
 def compress(
@@ -86,20 +121,25 @@ def compress(
     revision: str | None = None,
     allow_pickle: bool = False,
     device: str | None = None,
+    run_folder: Path | None = None,
 ) -> CompressionResult:
     """Compress a ViT/DeiT classifier (folder or hub id) by `recipe`, calibrated on images without labels.
 
-    calibration: where the images are (see `open_images`), or an opened stream.
+    calibration: where the images are (see `open_images`), or an opened stream. run_folder: where distillation keeps
+    its checkpoints, from which the same call goes on if it died; a folder that is deleted in the end if None.
 
     Raises:
         UserError: a source, data set or target that cannot be used.
         RunError: the calibration data were empty or the model overflows on them.
     """
     measured = recipe.min_agreement is not None
+    share = AGREEMENT_SHARE if measured else TRAINING_SHARE if recipe.compensation in TRAINED else 0.0
     calibrated = calibrate(
-        source, calibration, recipe, hold_back=measured, revision=revision, allow_pickle=allow_pickle, device=device
+        source, calibration, recipe, hold_back=share, revision=revision, allow_pickle=allow_pickle, device=device
     )
-    return _smallest_agreeing(calibrated, recipe) if measured else build(calibrated, recipe)
+    if measured:
+        return _smallest_agreeing(calibrated, recipe)
+    return build(calibrated, recipe, run_folder=run_folder)
 
 
 def plan(
@@ -119,11 +159,14 @@ def plan(
         raise UserError(
             "A plan cannot tell agreement, which is measured on built models: use compress, or a reduction."
         )
+    if recipe.preset != OURS:
+        raise UserError(f"A plan is made by preset '{OURS}' only: use compress for '{recipe.preset}'.")
     calibrated = calibrate(source, calibration, recipe, revision=revision, allow_pickle=allow_pickle, device=device)
-    report = _report(calibrated, recipe, _ranks(calibrated, recipe))
-    if recipe.compensation == "closed-form":
+    ranks = _ranks(calibrated, recipe)
+    report = _report(calibrated, recipe, _planned_size(calibrated, ranks))
+    if recipe.compensation != "none":
         # Measured between 0.7 and 1 times the statistics: both are a few passes over the same images.
-        report["seconds"]["compensation, expected"] = report["seconds"]["statistics"]
+        report["seconds"]["closed form, expected"] = report["seconds"]["statistics"]
     return report
 
 
@@ -132,14 +175,14 @@ def calibrate(
     calibration: str | ImageStream,
     recipe: CompressionRecipe,
     *,
-    hold_back: bool = False,
+    hold_back: float = 0.0,
     revision: str | None = None,
     allow_pickle: bool = False,
     device: str | None = None,
 ) -> Calibrated:
     """Everything that does not depend on the size: load, embed the images, collect statistics, draw the error curves.
 
-    hold_back: set some images apart, to measure agreement on.
+    hold_back: share of the images to set apart, which nothing is fitted on.
     """
     seconds: dict[str, float] = {}
     if isinstance(calibration, str):
@@ -154,34 +197,140 @@ def calibrate(
         held_back: list[Tensor] = []
         fitting = _embed(dense, calibration, recipe.batch_size)
         if hold_back:
-            fitting, held_back = _split(fitting)
-        expected = _predictions(dense.model, held_back)
+            fitting, held_back = _split(fitting, hold_back)
+        expected = _logits(dense.model, held_back) if held_back else torch.empty(0)
     with _timed(seconds, "statistics"):
         batches = track(fitting, "Statistics", sum(map(len, fitting)), size=len)
-        half = dense.model.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        half = dense.model.device.type == "cuda" and half_precision(dense.model.device)
         precision = torch.bfloat16 if half else torch.float32
         statistics = collect_statistics(dense.model, batches, recipe.seed, precision)
-    with _timed(seconds, "candidates"):
-        blocks: Any = zip(dense.model.vit.blocks, statistics, strict=True)
-        candidates = [
-            block_candidates(*pair) for pair in track(blocks, "Error curves", len(dense.model.vit.blocks), "blocks")
-        ]
     about = {**calibration.description, "images": sum(map(len, fitting + held_back)), "sha256": calibration.sha256}
-    return Calibrated(dense, fitting, held_back, expected, statistics, candidates, about, seconds)
+    return Calibrated(
+        dense, calibration, fitting, held_back, expected, statistics, about, seed=recipe.seed, seconds=seconds
+    )
 
 
-def build(calibrated: Calibrated, recipe: CompressionRecipe) -> CompressionResult:
-    """One size from what was calibrated."""
-    ranks = _ranks(calibrated, recipe)
-    report = _report(calibrated, recipe, ranks)
-    dense, seconds = calibrated.dense, report["seconds"]
-    with _timed(seconds, "surgery"):
-        model = shrink(dense.model, calibrated.candidates, calibrated.statistics, ranks)
-    if recipe.compensation == "closed-form":
-        with _timed(seconds, "compensation"):
-            drifts = compensate_closed_form(dense.model, model, calibrated.statistics, calibrated.fitting)
-        report["blocks"] = [asdict(drift) for drift in drifts]
+def build(calibrated: Calibrated, recipe: CompressionRecipe, *, run_folder: Path | None = None) -> CompressionResult:
+    """One size from what was calibrated; with training in the recipe some images must have been held back.
+
+    Raises UserError where the size cannot be reached.
+    """
+    dense = calibrated.dense
+    seconds: dict[str, float] = {}
+    if recipe.preset == OURS:
+        ranks = _ranks(calibrated, recipe)
+        with _timed(seconds, "surgery"):
+            model = shrink(dense.model, calibrated.candidates, calibrated.statistics, ranks)
+        size = _planned_size(calibrated, ranks)
+    else:
+        with _timed(seconds, "surgery"):
+            model = PRESETS[recipe.preset](calibrated.presets, _limit(dense, recipe))
+        size = _built_size(model)
+    report = _report(calibrated, recipe, size)
+    report.update(_compensate(calibrated, model, recipe, seconds, run_folder))
+    report["seconds"] = {**calibrated.seconds, **seconds}
     return CompressionResult(model.cpu(), dense.image_processor, report, dense.preprocessor_config)
+
+
+def _compensate(
+    calibrated: Calibrated,
+    model: LowRankViTForImageClassification,
+    recipe: CompressionRecipe,
+    seconds: dict[str, float],
+    run_folder: Path | None,
+) -> dict[str, Any]:
+    """Repair `model` in place as `recipe.compensation` says; what to report of it."""
+    report: dict[str, Any] = {}
+    if recipe.compensation == "none":
+        return report
+    shrunk = None
+    if recipe.preset == OURS:
+        shrunk = copy.deepcopy(model) if recipe.compensation == "gradient" else None
+        with _timed(seconds, "compensation"):
+            drifts = compensate_closed_form(calibrated.dense.model, model, calibrated.statistics, calibrated.fitting)
+        report["blocks"] = [asdict(drift) for drift in drifts]
+    if recipe.compensation == "gradient":
+        with _timed(seconds, "gradient"):
+            report["gradient"] = _train_blocks(calibrated, model, shrunk, recipe)
+    if recipe.compensation == "distill":
+        with _timed(seconds, "distillation"):
+            report["distillation"] = _distill(calibrated, model, recipe, run_folder)
+    return report
+
+
+def _train_blocks(
+    calibrated: Calibrated,
+    model: LowRankViTForImageClassification,
+    shrunk: LowRankViTForImageClassification | None,
+    recipe: CompressionRecipe,
+) -> dict[str, Any]:
+    """Train block by block; `model` stays as it is where the whole is no better on held-back images.
+
+    shrunk: the model before its refit, from which training starts with refits of its own; None for other presets.
+    """
+    trained = copy.deepcopy(model) if shrunk is None else shrunk
+    embeddings = calibrated.fitting + _view_embeddings(calibrated, recipe)
+    records = compensate_gradient(
+        *(calibrated.dense.model, trained, calibrated.statistics, embeddings, calibrated.held_back),
+        refit=shrunk is not None,
+        seed=recipe.seed,
+    )
+    before, after = (held_back_divergence(calibrated, one) for one in (model, trained))
+    if after < before:
+        model.load_state_dict(trained.state_dict())
+    return {
+        "before": before,
+        "after": after,
+        "kept": after < before,
+        "blocks": [asdict(record) for record in records],
+    }
+
+
+@torch.no_grad()
+def _view_embeddings(calibrated: Calibrated, recipe: CompressionRecipe) -> list[Tensor]:
+    """VIEWS random views of every image that may be fitted on, embedded."""
+    embed, device = calibrated.dense.model.vit.embeddings, calibrated.dense.model.device
+    images = torch.arange(sum(map(len, calibrated.fitting))).repeat(VIEWS).split(recipe.batch_size)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    return [
+        embed(calibrated.views.batch(chosen.tolist(), generator).to(device)).cpu()
+        for chosen in track(images, "Views", sum(map(len, images)), size=len)
+    ]
+
+
+def _distill(
+    calibrated: Calibrated,
+    model: LowRankViTForImageClassification,
+    recipe: CompressionRecipe,
+    run_folder: Path | None,
+) -> dict[str, Any]:
+    views, held_back = calibrated.views, sum(map(len, calibrated.held_back))
+    with tempfile.TemporaryDirectory() as temporary:
+        record = distill(
+            calibrated.dense.model,
+            model,
+            views,
+            range(len(views) - held_back, len(views)),
+            epochs=recipe.distill_epochs,
+            learning_rate=recipe.distill_lr,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            labels=_labels(calibrated) if recipe.labels else None,
+            folder=run_folder or Path(temporary),
+        )
+    return asdict(record)
+
+
+def _labels(calibrated: Calibrated) -> list[int]:
+    """The dense model's class of every calibration image."""
+    images, class_of = calibrated.images, class_of_label(calibrated.images, calibrated.dense.model)
+    labels = [class_of(label) for label in calibrated.views.labels if label is not None]
+    if len(labels) < len(calibrated.views):
+        raise UserError(
+            f"'{images.description['location']}' has no label for {len(calibrated.views) - len(labels)} of its images: "
+            "name the label column, or leave labels out."
+        )
+    return labels
 
 
 def _ranks(calibrated: Calibrated, recipe: CompressionRecipe) -> RankPlan:
@@ -201,9 +350,8 @@ def _limit(dense: DenseSource, recipe: CompressionRecipe) -> int:
     return int((1 - recipe.reduction) * whole)
 
 
-def _report(calibrated: Calibrated, recipe: CompressionRecipe, ranks: RankPlan) -> dict[str, Any]:
-    dense, config = calibrated.dense, ranks.apply(calibrated.dense.model.config)
-    parameters = plan_cost(config, "parameters")
+def _report(calibrated: Calibrated, recipe: CompressionRecipe, size: dict[str, Any]) -> dict[str, Any]:
+    dense = calibrated.dense
     return {
         "format": 1,
         "source": {
@@ -214,19 +362,41 @@ def _report(calibrated: Calibrated, recipe: CompressionRecipe, ranks: RankPlan) 
         },
         "recipe": recipe.to_dict(),
         "calibration": calibrated.calibration,
-        "plan": {
-            "query_key_ranks": ranks.query_key_ranks,
-            "value_output_ranks": ranks.value_output_ranks,
-            "mlp_widths": ranks.mlp_widths,
-        },
         "dense_parameters": dense.parameters,
-        "parameters": parameters,
-        "reduction": 1 - parameters / dense.parameters,
         "dense_flops": plan_cost(dense.model.config, "flops"),
-        "flops": plan_cost(config, "flops"),
-        "predicted_loss": ranks.predicted_loss,
+        **size,
+        "reduction": 1 - size["parameters"] / dense.parameters,
         "seconds": dict(calibrated.seconds),
         "versions": {name: version(name) for name in ("hf-vit-lowrank", "torch", "transformers")},
+    }
+
+
+def _planned_size(calibrated: Calibrated, ranks: RankPlan) -> dict[str, Any]:
+    config = ranks.apply(calibrated.dense.model.config)
+    return {
+        "plan": _inner_sizes(config),
+        "parameters": plan_cost(config, "parameters"),
+        "flops": plan_cost(config, "flops"),
+        "predicted_loss": ranks.predicted_loss,
+    }
+
+
+def _built_size(model: LowRankViTForImageClassification) -> dict[str, Any]:
+    return {
+        "plan": _inner_sizes(model.config),
+        "parameters": count_parameters(model),
+        "flops": count_flops(model),
+        "predicted_loss": None,
+    }
+
+
+def _inner_sizes(config: LowRankViTConfig) -> dict[str, Any]:
+    return {
+        "query_key_ranks": config.query_key_ranks,
+        "value_output_ranks": config.value_output_ranks,
+        "mlp_widths": config.mlp_widths,
+        "factor_ranks": config.factor_ranks,
+        "bypass_ranks": config.bypass_ranks,
     }
 
 
@@ -241,12 +411,14 @@ def _embed(dense: DenseSource, images: ImageStream, batch_size: int) -> list[Ten
     ]
 
 
-def _split(embeddings: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Images to fit on, and images held back to measure agreement on."""
+def _split(embeddings: Sequence[Tensor], share: float) -> tuple[list[Tensor], list[Tensor]]:
+    """Images to fit on, and images held back."""
     images = torch.cat(list(embeddings))
-    held_back = max(1, int(HELD_BACK * len(images)))
+    held_back = max(1, int(share * len(images)))
     if held_back == len(images):
-        raise UserError("Measuring agreement needs at least two calibration images: one to fit on, one held back.")
+        raise UserError(
+            "This recipe needs at least two calibration images: one to fit on, one held back to measure on."
+        )
     size = len(embeddings[0])
     return list(images[:-held_back].split(size)), list(images[-held_back:].split(size))
 
@@ -284,23 +456,27 @@ def _smallest_agreeing(calibrated: Calibrated, recipe: CompressionRecipe) -> Com
 
 
 def held_back_agreement(calibrated: Calibrated, model: LowRankViTForImageClassification) -> float:
-    """Share of the held-back images that a model (on the CPU) and the dense model put into the same class."""
-    torch.nn.Module.to(model, calibrated.dense.model.device)
-    agreement = (_predictions(model, calibrated.held_back) == calibrated.expected).double().mean().item()
-    model.cpu()
-    return agreement
+    """Share of the held-back images that a model and the dense model put into the same class."""
+    logits = _logits(model, calibrated.held_back)
+    return (logits.argmax(-1) == calibrated.expected.argmax(-1)).double().mean().item()
+
+
+def held_back_divergence(calibrated: Calibrated, model: LowRankViTForImageClassification) -> float:
+    """Kullback-Leibler divergence of a model's probabilities from the dense model's on held-back images, in nats."""
+    logits = _logits(model, calibrated.held_back).log_softmax(-1)
+    return kl_div(logits, calibrated.expected.log_softmax(-1), log_target=True, reduction="batchmean").item()
 
 
 @torch.no_grad()
-def _predictions(model: LowRankViTForImageClassification, embeddings: Sequence[Tensor]) -> Tensor:
-    """The predicted class of every image, from batches of embeddings."""
-    chosen = [torch.empty(0, dtype=torch.long)]
+def _logits(model: LowRankViTForImageClassification, embeddings: Sequence[Tensor]) -> Tensor:
+    """(images, classes) in float64 on the CPU, from batches of embeddings."""
+    logits = []
     for batch in embeddings:
         stream = batch.to(model.device)
         for block in model.vit.blocks:
             stream, _ = block(stream)
-        chosen.append(model.classify(model.vit.norm(stream))[0].argmax(-1).cpu())
-    return torch.cat(chosen)
+        logits.append(model.classify(model.vit.norm(stream))[0].double().cpu())
+    return torch.cat(logits)
 
 
 @contextmanager

@@ -6,7 +6,7 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -169,9 +169,11 @@ def evaluate_classifier(
     batch_size: int = 32,
     device: str | None = None,
     against: PreTrainedModel | tuple[PreTrainedModel, Any] | None = None,
+    batches: Iterable[PixelBatch] | None = None,
 ) -> EvaluationReport:
     """Measure a classifier on the images of a stream.
 
+    `batches`: the images of the stream as `image_processor` prepares them, from a caller who measures several models.
     `against`: the dense model, by itself or with an image processor of its own. Classes of the data set, of the model
     and of the dense model are matched by name. Without labels only the agreement is measured, so `against` is needed.
     The models are moved to `device` (None: the best there is) and left there.
@@ -182,17 +184,18 @@ def evaluate_classifier(
             f"'{stream.description['location']}' has no label column: name it, or give a dense model to compare with."
         )
     target = pick_device(device)
+    batches = pixel_batches(stream, image_processor, batch_size) if batches is None else batches
     run = _Run(model, image_processor, stream, target)
     if against is None:
-        _pass([run], stream, batch_size)
+        _pass([run], stream, batches)
         return _report(run, None, stream, batch_size)
     dense = _Run(*(against if isinstance(against, tuple) else (against, image_processor)), stream, target)
     _dense_to_ours(dense.model, model)  # refuses before the work
     if dense.image_processor.to_dict() == image_processor.to_dict():
-        _pass([run, dense], stream, batch_size)
+        _pass([run, dense], stream, batches)
     else:
-        _pass([run], stream, batch_size)
-        _pass([dense], stream, batch_size)
+        _pass([run], stream, batches)
+        _pass([dense], stream, pixel_batches(stream, dense.image_processor, batch_size))
     return _report(run, dense, stream, batch_size)
 
 
@@ -204,7 +207,7 @@ class _Run:
         self.model = model
         self.image_processor = image_processor
         self.device = device
-        self.class_of = _class_of_label(stream, model)
+        self.class_of = class_of_label(stream, model)
         self.metric = TopKAccuracy(keep_in_memory=True)
         self.labelled = 0
         self.top: list[int] = []  # first choice for each image
@@ -241,7 +244,7 @@ def _classes(model: PreTrainedModel) -> dict[int, str]:
     return {int(label): str(name) for label, name in (model.config.id2label or {}).items()}
 
 
-def _class_of_label(stream: ImageStream, model: PreTrainedModel) -> Callable[[int], int]:
+def class_of_label(stream: ImageStream, model: PreTrainedModel) -> Callable[[int], int]:
     """The model's class for a label of the data set: by name, or by number where the data set has no names at all."""
     if stream.label_names is not None:
         return match_labels(stream.label_names, _classes(model)).__getitem__
@@ -263,8 +266,7 @@ def _dense_to_ours(dense: PreTrainedModel, model: PreTrainedModel) -> list[int]:
     return match_labels([theirs[label] for label in range(len(theirs))], ours)
 
 
-def _pass(runs: list[_Run], stream: ImageStream, batch_size: int) -> None:
-    batches = pixel_batches(stream, runs[0].image_processor, batch_size)
+def _pass(runs: list[_Run], stream: ImageStream, batches: Iterable[PixelBatch]) -> None:
     for batch in track(batches, "Evaluation", stream.length, size=lambda batch: len(batch.positions)):
         for run in runs:
             run.add(batch)

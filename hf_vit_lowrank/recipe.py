@@ -10,7 +10,12 @@ from typing import Any
 from .errors import UserError
 
 COSTS = ("parameters", "flops")
-COMPENSATIONS = ("none", "closed-form")
+OURS = "mixed-rank"
+PRESETS = (
+    *(OURS, "paper", "svd", "fwsvd", "asvd", "svd-llm", "svd-llm-blockwise", "afm", "kfac-svd", "flar-svd"),
+    *("corp", "modegpt", "magnitude", "taylor"),
+)
+COMPENSATIONS = ("none", "closed-form", "gradient", "distill")
 _TARGETS = ("reduction", "max_parameters", "match", "min_agreement")
 
 
@@ -23,7 +28,13 @@ class CompressionRecipe:
     match: hub id or folder of a classifier whose number of parameters is the limit.
     min_agreement: the smallest model that keeps this share of the dense model's predictions on held-back images.
     cost: what the budget counts and the ranks compete for. "flops" goes with `reduction` and `min_agreement` only.
-    compensation: "closed-form" refits output and down weights block by block against the dense stream (design 3.5.1).
+    preset: the method: "mixed-rank" is this package's own, the others are those of `hf_vit_lowrank.presets`.
+    compensation: what repairs the model after it was made smaller. "closed-form" refits output and down weights block
+        by block against the dense stream; "gradient" refits and then trains block by block; "distill" trains the whole
+        model after the closed form (design 3.5). None means the preset's own: "closed-form"
+        for "mixed-rank", "none" for the others, which bring theirs with them and cannot have "closed-form".
+    distill_epochs, distill_lr: passes over the calibration images and peak learning rate of "distill".
+    labels: let "distill" also learn from the labels of the calibration images.
     samples, batch_size, seed: calibration images, how many at once, and which.
     query_key_weight: factor on the query-key error curves, which predict too little (design 3.6: 4 is the best known).
 
@@ -36,7 +47,11 @@ class CompressionRecipe:
     match: str | None = None
     min_agreement: float | None = None
     cost: str = "parameters"
-    compensation: str = "closed-form"
+    preset: str = OURS
+    compensation: str | None = None
+    distill_epochs: int = 100
+    distill_lr: float = 3e-4
+    labels: bool = False
     samples: int = 1024
     batch_size: int = 32
     seed: int = 0
@@ -58,10 +73,29 @@ class CompressionRecipe:
             self.cost == "parameters" or self.max_parameters is self.match is None,
             "cost 'flops' needs reduction or min_agreement: max_parameters and match count parameters",
         )
+        _require(self.preset in PRESETS, f"preset must be one of {', '.join(PRESETS)}, not '{self.preset}'")
+        if self.compensation is None:
+            object.__setattr__(self, "compensation", "closed-form" if self.preset == OURS else "none")
         _require(
             self.compensation in COMPENSATIONS,
             f"compensation must be one of {', '.join(COMPENSATIONS)}, not '{self.compensation}'",
         )
+        _require(
+            self.preset == OURS or self.compensation != "closed-form",
+            f"compensation 'closed-form' is of preset '{OURS}' only; with '{self.preset}' use none, gradient, distill",
+        )
+        _require(
+            self.preset == OURS or self.cost == "parameters",
+            f"preset '{self.preset}' counts parameters only: cost '{self.cost}' needs preset '{OURS}'",
+        )
+        _require(self.distill_epochs >= 1, f"distill_epochs must be at least 1, not {self.distill_epochs}")
+        _require(0 < self.distill_lr < float("inf"), "distill_lr must be positive")
+        _require(
+            self.min_agreement is None or self.compensation in ("none", "closed-form"),
+            f"min_agreement tries many sizes, and training each by '{self.compensation}' would take too long: find the "
+            "size with closed-form, then train that size",
+        )
+        _require(not self.labels or self.compensation == "distill", "labels need compensation 'distill'")
         _require(self.samples >= 1, f"samples must be at least 1, not {self.samples}")
         _require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
         _require(0 <= self.seed < 2**32, f"seed must be in [0, 2**32), not {self.seed}")

@@ -24,7 +24,7 @@ RECIPE = CompressionRecipe(reduction=0.5, samples=256)
 
 @pytest.fixture(scope="module")
 def calibrated(digits_model, digits_data):
-    return calibrate(str(digits_model), str(digits_data.calibration), RECIPE, hold_back=True, device="cpu")
+    return calibrate(str(digits_model), str(digits_data.calibration), RECIPE, hold_back=0.2, device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_vit_lowrank.checkpoint import save_checkpoint
 from hf_vit_lowrank.images import load_image_processor
-from hf_vit_lowrank.remote.configuration_lowrank_vit import FORMAT_VERSION, LowRankViTConfig
+from hf_vit_lowrank.remote.configuration_lowrank_vit import FACTORABLE, FORMAT_VERSION, LowRankViTConfig
 from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification
 
 # One process for all folders, since importing transformers takes seconds. -I leaves out the working directory and
@@ -114,6 +114,7 @@ def configs(draw) -> LowRankViTConfig:
     layer = st.lists(st.integers(0, hidden), min_size=heads, max_size=heads).filter(any)
     ranks = st.lists(layer, min_size=layers, max_size=layers)
     token = draw(st.booleans())
+    factors = st.dictionaries(st.sampled_from(FACTORABLE), st.integers(1, hidden))
     return LowRankViTConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -129,6 +130,8 @@ def configs(draw) -> LowRankViTConfig:
         query_key_ranks=draw(ranks),
         value_output_ranks=draw(ranks),
         mlp_widths=draw(st.lists(st.integers(1, intermediate), min_size=layers, max_size=layers)),
+        factor_ranks=draw(st.none() | st.lists(factors, min_size=layers, max_size=layers)),
+        bypass_ranks=draw(st.none() | st.lists(st.integers(0, hidden), min_size=layers, max_size=layers)),
     )
 
 
@@ -161,6 +164,13 @@ def parameters_of_plan(config: LowRankViTConfig) -> int:
     total = (prefix + tokens) * d + config.num_channels * config.patch_size**2 * d + d  # embeddings
     for qk, vo, width in zip(config.query_key_ranks, config.value_output_ranks, config.mlp_widths, strict=True):
         total += sum(qk) * (2 * d + config.qkv_bias) + sum(vo) * 2 * d + d + width * (2 * d + 1) + d + 4 * d
+    for layer, factors in enumerate(config.factor_ranks):
+        qk, vo = sum(config.query_key_ranks[layer]), sum(config.value_output_ranks[layer])
+        inner = {"query": qk, "key": qk, "value": vo, "output": vo}
+        for name, rank in factors.items():
+            size = inner.get(name, config.mlp_widths[layer])
+            total += rank * (d + size) - d * size
+    total += sum(2 * d * rank for rank in config.bypass_ranks)
     return total + 2 * d + (d + 1) * labels * (1 + config.use_distillation_head)
 
 
@@ -169,6 +179,8 @@ def reference_logits(model: LowRankViTForImageClassification, pixels: torch.Tens
     config, state = model.config, {name: tensor.double() for name, tensor in model.state_dict().items()}
 
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
+        if f"{name}.reduce.weight" in state:
+            return linear(x @ state[f"{name}.reduce.weight"].T, f"{name}.expand")
         return x @ state[f"{name}.weight"].T + state.get(f"{name}.bias", 0.0)
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
@@ -189,18 +201,22 @@ def reference_logits(model: LowRankViTForImageClassification, pixels: torch.Tens
         block = f"vit.blocks.{layer}"
         normed = norm(x, f"{block}.attention_norm")
         queries = linear(normed, f"{block}.attention.query")
-        keys_values = linear(normed, f"{block}.attention.key_value")
-        w_out, first_value = state[f"{block}.attention.output.weight"], sum(config.query_key_ranks[layer])
-        update = state[f"{block}.attention.output.bias"]
+        if {"key", "value"} & set(config.factor_ranks[layer]):
+            keys, values = linear(normed, f"{block}.attention.key"), linear(normed, f"{block}.attention.value")
+        else:
+            first_value = sum(config.query_key_ranks[layer])
+            keys, values = linear(normed, f"{block}.attention.key_value").tensor_split([first_value], -1)
+        contexts = []
         at, out_at = 0, 0
         for r_qk, r_vo in zip(config.query_key_ranks[layer], config.value_output_ranks[layer], strict=True):
-            scores = queries[..., at : at + r_qk] @ keys_values[..., at : at + r_qk].transpose(1, 2)
-            values = keys_values[..., first_value + out_at : first_value + out_at + r_vo]
-            update = update + scores.softmax(-1) @ values @ w_out[:, out_at : out_at + r_vo].T
+            scores = queries[..., at : at + r_qk] @ keys[..., at : at + r_qk].transpose(1, 2)
+            contexts.append(scores.softmax(-1) @ values[..., out_at : out_at + r_vo])
             at, out_at = at + r_qk, out_at + r_vo
-        x = x + update
-        hidden = torch.nn.functional.gelu(linear(norm(x, f"{block}.mlp_norm"), f"{block}.mlp.up"))
-        x = x + linear(hidden, f"{block}.mlp.down")
+        x = x + linear(torch.cat(contexts, -1), f"{block}.attention.output")
+        normed = norm(x, f"{block}.mlp_norm")
+        x = x + linear(torch.nn.functional.gelu(linear(normed, f"{block}.mlp.up")), f"{block}.mlp.down")
+        if config.bypass_ranks[layer]:
+            x = x + linear(normed, f"{block}.mlp.bypass")
     x = norm(x, "vit.norm")
     logits = linear(x[:, 0], "classifier")
     if config.use_distillation_head:
@@ -266,6 +282,20 @@ def test_config_round_trip(config: LowRankViTConfig):
     assert again.to_dict() == config.to_dict()
 
 
+def test_parameter_names_are_frozen():
+    names = {name for name in make_model(ragged_config()).state_dict() if name.startswith("vit.blocks.0.")}
+    whole = ("attention.query", "attention.output", "mlp.up", "mlp.down", "attention_norm", "mlp_norm")
+    expected = {f"{name}.{kind}" for name in whole for kind in ("weight", "bias")} | {"attention.key_value.weight"}
+    assert names == {f"vit.blocks.0.{name}" for name in expected}
+    factored = make_model(ragged_config(factor_ranks=[{"query": 2, "value": 3}, {}], bypass_ranks=[2, 0]))
+    split = {f"attention.{name}.weight" for name in ("query.reduce", "query.expand", "value.reduce", "value.expand")}
+    expected -= {"attention.key_value.weight", "attention.query.weight", "attention.query.bias"}
+    expected |= split | {"attention.query.expand.bias", "attention.key.weight"}
+    expected |= {"mlp.bypass.reduce.weight", "mlp.bypass.expand.weight"}
+    names = {name for name in factored.state_dict() if name.startswith("vit.blocks.0.")}
+    assert names == {f"vit.blocks.0.{name}" for name in expected}
+
+
 # ---------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -292,6 +322,13 @@ def test_newer_format_is_refused(image_processor, tmp_path: Path):
         ({"query_key_ranks": [[3, 7, True], [1, 1, 1]]}, "must be whole numbers"),
         ({"mlp_widths": [6]}, "mlp_widths must hold 2 numbers"),
         ({"mlp_widths": [6, 21]}, "mlp_widths must be whole numbers from 1 to 20"),
+        ({"factor_ranks": [{}]}, "factor_ranks must hold 2 dictionaries"),
+        ({"factor_ranks": [{}, [3]]}, "factor_ranks must map names among query, .*, down to ranks"),
+        ({"factor_ranks": [{}, {"key_value": 3}]}, "factor_ranks must map names"),
+        ({"factor_ranks": [{}, {"key": 0}]}, "factor_ranks must be whole numbers from 1 to 12"),
+        ({"factor_ranks": [{"up": 13}, {}]}, "factor_ranks must be whole numbers from 1 to 12"),
+        ({"bypass_ranks": [1]}, "bypass_ranks must hold 2 numbers"),
+        ({"bypass_ranks": [1, -1]}, "bypass_ranks must be whole numbers from 0 to 12"),
         ({"use_distillation_head": True}, "needs use_distillation_token"),
     ],
 )

@@ -53,11 +53,28 @@ def compensate_closed_form(
     for layer, (source, block, moments) in enumerate(track(blocks, "Compensating", layers, "blocks")):
         # Nothing reads the other tokens after the last block.
         queries = num_read if layer == layers - 1 else None
-        _refit_attention(source, block, moments, dense_stream, small_stream, queries, num_read)
-        after_attention = _drift(dense_stream, small_stream, num_read)
-        _refit_mlp(source, block, moments, dense_stream, small_stream, num_read)
-        drifts.append(BlockDrift(after_attention, _drift(dense_stream, small_stream, num_read)))
+        drifts.append(refit_block(source, block, moments, dense_stream, small_stream, queries, num_read))
     return drifts
+
+
+@torch.no_grad()
+def refit_block(
+    source: LowRankViTBlock,
+    block: LowRankViTBlock,
+    statistics: BlockStatistics,
+    dense_stream: list[Tensor],
+    small_stream: list[Tensor],
+    queries: int | None,
+    num_read: int,
+) -> BlockDrift:
+    """Refit one block in place; both streams, batches of (images, tokens, d), are moved behind it, in place.
+
+    queries: leading tokens that the block computes, all if None. num_read: those that the classifier reads.
+    """
+    _refit_attention(source, block, statistics, dense_stream, small_stream, queries, num_read)
+    after_attention = _drift(dense_stream, small_stream, num_read)
+    _refit_mlp(source, block, statistics, dense_stream, small_stream, num_read)
+    return BlockDrift(after_attention, _drift(dense_stream, small_stream, num_read))
 
 
 def _refit_attention(

@@ -7,6 +7,8 @@ from typing import Any
 from transformers.configuration_utils import PretrainedConfig
 
 FORMAT_VERSION = 1
+# The weights of a block that can be a product of two.
+FACTORABLE = ("query", "key", "value", "output", "up", "down")
 
 
 class LowRankViTConfig(PretrainedConfig):
@@ -16,6 +18,9 @@ class LowRankViTConfig(PretrainedConfig):
         query_key_ranks: per layer and head, the inner size of the query-key product (at most the dense head size).
         value_output_ranks: per layer and head, the inner size of the value-output product; a head may have none left.
         mlp_widths: per layer, the number of hidden units of the MLP.
+        factor_ranks: per layer, the ranks of the weights stored as a product of two, by name (`FACTORABLE`); a weight
+            that is not named is whole.
+        bypass_ranks: per layer, the rank of a low-rank map beside the MLP, from its input to its output; 0 for none.
         use_distillation_token: a second prefix token, as in DeiT.
         use_distillation_head: a second classifier that reads the distillation token; the logits are averaged.
         format_version: layout of the parameters; a newer one than this code knows is refused.
@@ -47,6 +52,8 @@ class LowRankViTConfig(PretrainedConfig):
         query_key_ranks: list[list[int]] | None = None,
         value_output_ranks: list[list[int]] | None = None,
         mlp_widths: list[int] | None = None,
+        factor_ranks: list[dict[str, int]] | None = None,
+        bypass_ranks: list[int] | None = None,
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ):
@@ -69,6 +76,8 @@ class LowRankViTConfig(PretrainedConfig):
         self.query_key_ranks = dense_ranks if query_key_ranks is None else query_key_ranks
         self.value_output_ranks = dense_ranks if value_output_ranks is None else value_output_ranks
         self.mlp_widths = [intermediate_size] * num_hidden_layers if mlp_widths is None else mlp_widths
+        self.factor_ranks = [{} for _ in range(num_hidden_layers)] if factor_ranks is None else factor_ranks
+        self.bypass_ranks = [0] * num_hidden_layers if bypass_ranks is None else bypass_ranks
         self.format_version = format_version
         self._check()
         super().__init__(**kwargs)
@@ -106,6 +115,20 @@ class LowRankViTConfig(PretrainedConfig):
             raise ValueError(f"mlp_widths must hold {self.num_hidden_layers} numbers, one per layer.")
         if any(not _is_count(width, 1, self.intermediate_size) for width in self.mlp_widths):
             raise ValueError(f"mlp_widths must be whole numbers from 1 to {self.intermediate_size}.")
+        self._check_factors()
+
+    def _check_factors(self) -> None:
+        if len(self.factor_ranks) != self.num_hidden_layers:
+            raise ValueError(f"factor_ranks must hold {self.num_hidden_layers} dictionaries, one per layer.")
+        for ranks in self.factor_ranks:
+            if not isinstance(ranks, dict) or not set(ranks) <= set(FACTORABLE):
+                raise ValueError(f"factor_ranks must map names among {', '.join(FACTORABLE)} to ranks, not {ranks}.")
+            if any(not _is_count(rank, 1, self.hidden_size) for rank in ranks.values()):
+                raise ValueError(f"factor_ranks must be whole numbers from 1 to {self.hidden_size}.")
+        if len(self.bypass_ranks) != self.num_hidden_layers:
+            raise ValueError(f"bypass_ranks must hold {self.num_hidden_layers} numbers, one per layer.")
+        if any(not _is_count(rank, 0, self.hidden_size) for rank in self.bypass_ranks):
+            raise ValueError(f"bypass_ranks must be whole numbers from 0 to {self.hidden_size}.")
 
 
 def _is_count(value: Any, smallest: int, largest: int) -> bool:

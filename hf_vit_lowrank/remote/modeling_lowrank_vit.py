@@ -3,13 +3,15 @@
 Attention multiplies its weights in pairs: scores are products of a query and a key, and a head adds the product of a
 value and an output weight. Only the inner size of a pair (its rank) is smaller than in the dense ViT, so the arithmetic
 shrinks with the parameters and no extra matrix product appears. Heads of one layer may differ in rank: their factors
-are stored side by side without padding, and padded only where the attention kernel wants one size.
+are stored side by side without padding, and padded only where the attention kernel wants one size. Besides, any single
+weight may be a product of two low-rank ones, and an MLP may have a low-rank map beside it.
 
 This file is copied into every checkpoint. It needs nothing but torch and transformers.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,11 +99,20 @@ def merge_heads(context: torch.Tensor, ranks: list[int]) -> torch.Tensor:
     return torch.cat([context[:, head, :, :rank] for head, rank in enumerate(ranks)], dim=-1)
 
 
+def make_linear(inputs: int, outputs: int, rank: int | None, bias: bool = True) -> Any:
+    """A linear map, whole (`rank` None) or as two of them, `reduce` to the rank and `expand` from it."""
+    if rank is None:
+        return nn.Linear(inputs, outputs, bias=bias)
+    reduce, expand = nn.Linear(inputs, rank, bias=False), nn.Linear(rank, outputs, bias=bias)
+    return nn.Sequential(OrderedDict(reduce=reduce, expand=expand))
+
+
 class LowRankViTAttention(nn.Module):
     """Self-attention with one query-key rank and one value-output rank per head.
 
     The factor 1/sqrt(head size) is part of the query weights. Keys have no bias, since a softmax over keys does not see
     what is the same for all of them; values have none, since attention rows sum to one and it lives in the output bias.
+    Keys and values share one weight unless one of them is factored.
     """
 
     def __init__(self, config: LowRankViTConfig, layer: int):
@@ -111,9 +122,15 @@ class LowRankViTAttention(nn.Module):
         self.value_output_ranks = list(config.value_output_ranks[layer])
         self.dropout = config.attention_probs_dropout_prob
         scores_size, context_size = sum(self.query_key_ranks), sum(self.value_output_ranks)
-        self.query = nn.Linear(config.hidden_size, scores_size, bias=config.qkv_bias)
-        self.key_value = nn.Linear(config.hidden_size, scores_size + context_size, bias=False)
-        self.output = nn.Linear(context_size, config.hidden_size)
+        hidden_size, factors = config.hidden_size, config.factor_ranks[layer]
+        self.query = make_linear(hidden_size, scores_size, factors.get("query"), bias=config.qkv_bias)
+        self.separate = "key" in factors or "value" in factors
+        if self.separate:
+            self.key = make_linear(hidden_size, scores_size, factors.get("key"), bias=False)
+            self.value = make_linear(hidden_size, context_size, factors.get("value"), bias=False)
+        else:
+            self.key_value = nn.Linear(hidden_size, scores_size + context_size, bias=False)
+        self.output = make_linear(context_size, hidden_size, factors.get("output"))
 
     def forward(
         self, hidden_states: torch.Tensor, num_queries: int | None = None, output_attentions: bool = False
@@ -127,14 +144,19 @@ class LowRankViTAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the output weight reads, the attention-averaged values: (batch, queries, sum of value-output ranks)."""
         query = self.query(hidden_states[:, :num_queries])
-        key, value = self.key_value(hidden_states).split(
-            [sum(self.query_key_ranks), sum(self.value_output_ranks)], dim=-1
-        )
+        key, value = self._keys_and_values(hidden_states)
         if self.config._attn_implementation == "sdpa" and not output_attentions:
             context, attention = self._fused(query, key, value), None
         else:
             context, attention = self._eager(query, key, value)
         return merge_heads(context, self.value_output_ranks), attention
+
+    def _keys_and_values(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.separate:
+            return self.key(hidden_states), self.value(hidden_states)
+        sizes = [sum(self.query_key_ranks), sum(self.value_output_ranks)]
+        key, value = self.key_value(hidden_states).split(sizes, dim=-1)
+        return key, value
 
     def _fused(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         # The fused kernels want one head size for all three, a multiple of 8 on most devices.
@@ -159,14 +181,20 @@ class LowRankViTAttention(nn.Module):
 
 
 class LowRankViTMLP(nn.Module):
+    """Two linear maps with an activation between them and, where the layer has one, a low-rank bypass beside them."""
+
     def __init__(self, config: LowRankViTConfig, layer: int):
         super().__init__()
-        self.up = nn.Linear(config.hidden_size, config.mlp_widths[layer])
+        hidden_size, width, factors = config.hidden_size, config.mlp_widths[layer], config.factor_ranks[layer]
+        self.up = make_linear(hidden_size, width, factors.get("up"))
         self.activation = ACT2FN[config.hidden_act]
-        self.down = nn.Linear(config.mlp_widths[layer], config.hidden_size)
+        self.down = make_linear(width, hidden_size, factors.get("down"))
+        bypass_rank = config.bypass_ranks[layer]
+        self.bypass = make_linear(hidden_size, hidden_size, bypass_rank, bias=False) if bypass_rank else None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.down(self.activation(self.up(hidden_states)))
+        output = self.down(self.activation(self.up(hidden_states)))
+        return output if self.bypass is None else output + self.bypass(hidden_states)
 
 
 class LowRankViTBlock(GradientCheckpointingLayer):

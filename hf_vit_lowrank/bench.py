@@ -1,0 +1,411 @@
+"""Methods × sizes on the same images and budget: each cell is measured once and kept on disk; tables and charts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+import torch
+
+from .charts import bytes_chart, methods_chart
+from .compress import TRAINED, TRAINING_SHARE, Calibrated, build, calibrate
+from .dense import DenseSource, load_dense
+from .errors import UserError, reason
+from .evaluation import count_flops, count_parameters, evaluate_classifier, pick_device
+from .images import ImageStream, PixelBatch, pixel_batches
+from .quantised import LIBRARIES, check_quantisers, quantise, serialised_bytes
+from .recipe import OURS, PRESETS, CompressionRecipe
+
+DENSE = "dense"
+_FORMAT = 1
+_LIBRARIES = ("hf-vit-lowrank", "torch", "transformers")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A preset and what repairs the model afterwards; written "svd", "corp/gradient" or "mixed-rank/closed-form"."""
+
+    preset: str
+    compensation: str
+
+    @classmethod
+    def parse(cls, name: str) -> Method:
+        """Without a compensation it is the preset's own. Raises UserError for a method that no recipe allows."""
+        preset, _, compensation = name.strip().partition("/")
+        recipe = CompressionRecipe(reduction=0.0, preset=preset, compensation=compensation or None)
+        return cls(preset, str(recipe.compensation))
+
+    @property
+    def ours(self) -> bool:
+        return self.preset == OURS
+
+    @property
+    def name(self) -> str:
+        return self.preset if self.compensation == "none" and not self.ours else f"{self.preset}/{self.compensation}"
+
+    def recipe(self, base: CompressionRecipe, reduction: float) -> CompressionRecipe:
+        """`base` for this method and size; how long distillation takes does not count where there is none."""
+        recipe = replace(base, reduction=reduction, preset=self.preset, compensation=self.compensation)
+        if self.compensation == "distill":
+            return recipe
+        plain = CompressionRecipe
+        return replace(recipe, distill_epochs=plain.distill_epochs, distill_lr=plain.distill_lr)
+
+
+# Distillation of our own is left out: it takes hours, so it is done where it is asked for.
+DEFAULT_METHODS = (
+    *(Method(preset, "none") for preset in PRESETS),
+    *(Method(OURS, compensation) for compensation in ("closed-form", "gradient")),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model to measure. recipe: None for the dense model. quantised: "int8", "hqq4" or None."""
+
+    method: str
+    size: float
+    recipe: CompressionRecipe | None
+    quantised: str | None = None
+
+
+def bench(
+    source: str,
+    calibration: ImageStream,
+    dataset: ImageStream,
+    base: CompressionRecipe,
+    *,
+    methods: Sequence[Method],
+    sizes: Sequence[float],
+    output: str | Path,
+    quantised: bool = False,
+    device: str | None = None,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Compress by every method to every size, measure top-1 and top-5, and write what came out.
+
+    base: what all recipes share (samples, batch size, seed, distillation); its target, preset and compensation do not
+        count.
+    quantised: also measure the dense model in 8 and 4 bits, and ours in 8 bits (see `quantised.quantise`).
+    output: a folder. cells/ gets a file for each cell as soon as it is measured; a later call with the same weights,
+        images and recipe takes it from there, so a call that was killed goes on. A method that cannot reach a size is
+        recorded with the reason; one that failed otherwise too, but is tried again by the next call. accuracy.json,
+        accuracy.md, accuracy.png (top-1 against parameters) and bytes.png (against bytes) are made of all cells.
+
+    Returns the cells' records, the dense model's first.
+
+    Raises:
+        UserError: a source or data set that cannot be used, no method or size, images without labels, or finished
+            cells in `output` that were calibrated on other images of the same data set.
+        RunError: the calibration data were empty or the model overflows on them.
+    """
+    if not methods or not sizes:
+        raise UserError("A comparison needs at least one method and one size.")
+    if dataset.description["label_column"] is None:
+        raise UserError(f"'{dataset.description['location']}' has no label column, so accuracy cannot be measured.")
+    if quantised:
+        check_quantisers()
+    dense = load_dense(source)
+    about = _about(dense, calibration, dataset)
+    store = _Store(Path(output) / "cells", about)
+    cells = _cells(methods, sizes, base, quantised)
+    missing = [cell for cell in cells if not store.finished(cell)]
+    say(f"{len(cells) - len(missing)} of {len(cells)} cells are finished")
+    if missing:
+        torch.nn.Module.to(dense.model, pick_device(device))
+        known = {store.read(cell)["calibration_sha256"] for cell in cells if store.finished(cell) and cell.recipe}
+        workshop = _Workshop(source, dense, calibration, known, Path(output) / "training")
+        batches = PreparedImages(dataset, dense.image_processor, base.batch_size)
+        _measure_all(workshop, batches, missing, store, say)
+    records = [store.read(cell) for cell in cells]
+    _write(Path(output), about, records)
+    return records
+
+
+def _cells(methods: Sequence[Method], sizes: Sequence[float], base: CompressionRecipe, quantised: bool) -> list[Cell]:
+    """In the order of the table, a model's quantised versions right after it; each once."""
+    cells = [Cell(DENSE, 0.0, None, kind) for kind in ((None, "int8", "hqq4") if quantised else (None,))]
+    for method in methods:
+        kinds = (None, "int8") if quantised and method.ours else (None,)
+        cells += [Cell(method.name, size, method.recipe(base, size), kind) for size in sizes for kind in kinds]
+    return list(dict.fromkeys(cells))
+
+
+# ----------------------------------------------------------------------------------------------------------- measuring
+
+
+class _Workshop:
+    """Makes the models of all cells. What the images tell is collected when it is first needed.
+
+    known: hashes of the calibration images that finished cells were made with.
+    training: where a training keeps its checkpoints until its model has been measured.
+    """
+
+    def __init__(
+        self, source: str, dense: DenseSource, calibration: ImageStream, known: set[str], training: Path
+    ) -> None:
+        self.dense, self.training = dense, training
+        self._source, self._calibration, self._known = source, calibration, known
+        self._calibrated: tuple[float, Calibrated] | None = None
+        self._built: tuple[CompressionRecipe, Any, float] | None = None
+
+    def calibrated(self, recipe: CompressionRecipe) -> Calibrated:
+        """As `compress` would for this recipe: whoever trains holds some of the images back, nobody else loses them."""
+        share = _held_back(recipe)
+        if self._calibrated is None or self._calibrated[0] != share:
+            self._calibrated = None  # gives its memory back before the next is made
+            device = str(self.dense.model.device)
+            made = calibrate(self._source, self._calibration, recipe, hold_back=share, device=device)
+            # A data set on the hub may have changed under its name.
+            if self._known - {made.calibration["sha256"]}:
+                raise UserError(
+                    f"'{made.calibration['location']}' holds other images than when finished cells were calibrated: "
+                    "choose another output folder."
+                )
+            self._calibrated = share, made
+        return self._calibrated[1]
+
+    def build(self, recipe: CompressionRecipe) -> tuple[Any, float]:
+        """A float32 model on the dense model's device, and the seconds it took; the last one is kept for another call.
+
+        Raises UserError where the method cannot reach the size.
+        """
+        if self._built is None or self._built[0] != recipe:
+            self._built = None
+            calibrated = self.calibrated(recipe)
+            start = time.perf_counter()
+            model = build(calibrated, recipe, run_folder=self.training / recipe.fingerprint()).model
+            torch.nn.Module.to(model, self.dense.model.device)
+            self._built = recipe, model, time.perf_counter() - start
+        return self._built[1:]
+
+
+def _held_back(recipe: CompressionRecipe) -> float:
+    return TRAINING_SHARE if recipe.compensation in TRAINED else 0.0
+
+
+def _measure_all(
+    workshop: _Workshop, batches: PreparedImages, cells: Sequence[Cell], store: _Store, say: Callable[[str], None]
+) -> None:
+    # Those that need the same calibration one after the other, the dense model first.
+    ordered = sorted(cells, key=lambda cell: _held_back(cell.recipe) if cell.recipe else -1.0)
+    for number, cell in enumerate(ordered, 1):
+        calibrated = workshop.calibrated(cell.recipe) if cell.recipe else None
+        try:
+            record = _measure(cell, workshop, batches)
+        except UserError:  # about the images or their classes, so the same for all cells
+            raise
+        except Exception as error:  # one method's fault must not cost the whole night
+            record = {"failed": f"{type(error).__name__}: {reason(error)}.", "final": False}
+        record |= {
+            "calibration_sha256": calibrated.calibration["sha256"] if calibrated else None,
+            "machine": _machine(workshop.dense.model.device),
+            "versions": {name: version(name) for name in _LIBRARIES + (LIBRARIES if cell.quantised else ())},
+        }
+        store.write(cell, record)
+        if cell.recipe and record["final"]:  # else the next call goes on from there
+            shutil.rmtree(workshop.training / cell.recipe.fingerprint(), ignore_errors=True)
+        outcome = record["failed"] or f"top-1 {record['top1']:.2f} %"
+        say(f"{number}/{len(cells)} {_title(cell.method, cell.quantised)} at {_removed(cell.size)}: {outcome}")
+    with suppress(OSError):  # not there, or not empty
+        workshop.training.rmdir()
+
+
+def _measure(cell: Cell, workshop: _Workshop, batches: PreparedImages) -> dict[str, Any]:
+    try:
+        plain, seconds = workshop.build(cell.recipe) if cell.recipe else (workshop.dense.model, 0.0)
+    except UserError as error:  # this method does not get to this size
+        return {"failed": str(error), "final": True}
+    model = quantise(plain, cell.quantised) if cell.quantised else plain
+    start = time.perf_counter()
+    report = evaluate_classifier(
+        model,
+        batches.image_processor,
+        batches.stream,
+        batch_size=batches.batch_size,
+        device=str(plain.device),
+        batches=batches,
+    )
+    return {
+        "parameters": count_parameters(plain) if cell.recipe else workshop.dense.parameters,
+        "bytes": serialised_bytes(model),
+        "flops": count_flops(plain),
+        "top1": report.top1,
+        "top5": report.top5,
+        "images": report.images,
+        "skipped": report.skipped,
+        "seconds": {"build": seconds, "evaluation": time.perf_counter() - start},
+        "failed": None,
+        "final": True,
+    }
+
+
+class PreparedImages:
+    """The pixel batches of a stream, again and again; kept in memory where they take at most half of what is free."""
+
+    def __init__(self, stream: ImageStream, image_processor: Any, batch_size: int) -> None:
+        self.stream, self.image_processor, self.batch_size = stream, image_processor, batch_size
+        self._kept: list[PixelBatch] = []
+
+    def __iter__(self) -> Iterator[PixelBatch]:
+        if self._kept:
+            yield from self._kept
+            return
+        kept: list[PixelBatch] = []
+        keep: bool | None = None
+        for batch in pixel_batches(self.stream, self.image_processor, self.batch_size):
+            keep = self._fits(batch) if keep is None else keep
+            if keep:
+                kept.append(batch)
+            yield batch
+        self._kept = kept
+
+    def _fits(self, batch: PixelBatch) -> bool:
+        if self.stream.length is None:
+            return False
+        return self.stream.length * batch.pixel_values[0].nbytes <= psutil.virtual_memory().available / 2
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {"device": device.type, "card": card, "cpu": _cpu_name(), "threads": torch.get_num_threads()}
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+# ------------------------------------------------------------------------------------------------------ cells on disk
+
+
+class _Store:
+    """One JSON file for each cell, named by what it is and by a hash of everything that its result depends on."""
+
+    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._about = folder, about
+
+    def finished(self, cell: Cell) -> bool:
+        return self._path(cell).is_file() and bool(self.read(cell)["final"])
+
+    def read(self, cell: Cell) -> dict[str, Any]:
+        path = self._path(cell)
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"'{path}' is not valid JSON ({reason(error)}): delete it to measure it again.") from error
+
+    def write(self, cell: Cell, record: dict[str, Any]) -> None:
+        path = self._path(cell)
+        text = json.dumps({**asdict(cell), **record}, indent=2, ensure_ascii=False, allow_nan=False)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(text + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+
+    def _path(self, cell: Cell) -> Path:
+        whole = json.dumps({"format": _FORMAT, **self._about, **asdict(cell)}, sort_keys=True)
+        digest = hashlib.sha256(whole.encode()).hexdigest()
+        parts = (cell.method.replace("/", "+"), f"{cell.size:g}", cell.quantised, digest[:16])
+        return self._folder / ("_".join(part for part in parts if part) + ".json")
+
+
+def _about(dense: DenseSource, calibration: ImageStream, dataset: ImageStream) -> dict[str, Any]:
+    """What all cells share. Paths do not count: the same weights and images may move."""
+    return {
+        "weights_sha256": dense.weights_sha256,
+        "image_processor_sha256": hashlib.sha256(dense.preprocessor_config or b"").hexdigest(),
+        "calibration": _images(calibration),
+        "dataset": _images(dataset),
+    }
+
+
+def _images(stream: ImageStream) -> dict[str, Any]:
+    """The description of a stream; local data by names and sizes of the files, so that nothing need be decoded."""
+    path = Path(stream.description["location"])
+    if not path.exists():
+        return stream.description
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    listing = "\n".join(f"{file.relative_to(path.parent).as_posix()} {file.stat().st_size}" for file in files)
+    return {**stream.description, "location": path.name, "files": hashlib.sha256(listing.encode()).hexdigest()}
+
+
+# --------------------------------------------------------------------------------------------------- tables and charts
+
+
+def _write(folder: Path, about: dict[str, Any], records: Sequence[dict[str, Any]]) -> None:
+    text = json.dumps({**about, "cells": list(records)}, indent=2, ensure_ascii=False)
+    (folder / "accuracy.json").write_text(text + "\n", encoding="utf-8")
+    (folder / "accuracy.md").write_text(accuracy_tables(records), encoding="utf-8")
+    if records[0]["failed"] is None:
+        drawn = [record for record in records if record["failed"] is None]
+        methods_chart(drawn, folder / "accuracy.png")
+        bytes_chart(drawn, folder / "bytes.png")
+
+
+def accuracy_tables(records: Sequence[dict[str, Any]]) -> str:
+    """Markdown: top-1 of methods × sizes, then the models whose bytes were measured beside others', then what failed.
+
+    records: as `bench` returns them, the dense model's first.
+    """
+    sizes = sorted({record["size"] for record in records if record["method"] != DENSE})
+    plain = {(record["method"], record["size"]): record for record in records if not record["quantised"]}
+    rows = [["top-1 %", *(_removed(size) for size in sizes)]]
+    for method in dict.fromkeys(record["method"] for record in records):
+        places = [0.0] * len(sizes) if method == DENSE else sizes
+        rows.append([method, *(_percent(plain.get((method, size))) for size in places)])
+    parts = [_markdown(rows), _markdown(_byte_rows(records))]
+    failed = [record for record in records if record["failed"] is not None]
+    if failed:
+        parts.append(
+            "".join(f"- {_title_of(record)} at {_removed(record['size'])}: {record['failed']}\n" for record in failed)
+        )
+    return "\n".join(parts)
+
+
+def _byte_rows(records: Sequence[dict[str, Any]]) -> list[list[str]]:
+    rows = [["", "removed", "parameters", "bytes", "FLOPs", "top-1 %", "top-5 %"]]
+    for record in records:
+        numbers = ["–"] * 5
+        if record["failed"] is None:
+            numbers = [f"{record[name]:,}" for name in ("parameters", "bytes", "flops")]
+            numbers += [f"{record[name]:.2f}" for name in ("top1", "top5")]
+        rows.append([_title_of(record), _removed(record["size"]), *numbers])
+    return rows
+
+
+def _markdown(rows: Sequence[Iterable[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    lines.insert(1, "|---" + "|---:" * (len(list(rows[0])) - 1) + "|")
+    return "\n".join(lines) + "\n"
+
+
+def _percent(record: dict[str, Any] | None) -> str:
+    return "–" if record is None or record["failed"] is not None else f"{record['top1']:.2f}"
+
+
+def _removed(size: float) -> str:
+    return f"−{100 * size:g} %" if size else "full size"
+
+
+def _title(method: str, quantised: str | None) -> str:
+    return f"{method}, {quantised}" if quantised else method
+
+
+def _title_of(record: dict[str, Any]) -> str:
+    return _title(record["method"], record["quantised"])

@@ -1,0 +1,159 @@
+"""Train a smaller model block by block towards the dense stream (design 3.5.2).
+
+Each block's input is the stream that the smaller model really produces, its target the dense stream after the block, so
+that the drift of earlier blocks is corrected. Images that nothing is fitted on decide block by block whether the
+trained weights are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..candidates.block import output_metric
+from ..linalg import square_root
+from ..precision import half_precision
+from ..progress import track
+from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
+from ..statistics import BlockStatistics, token_weight
+from .closed_form import refit_block
+
+EPOCHS = 4
+LEARNING_RATE = 5e-4
+WARM_UP_STEPS = 20
+
+
+@dataclass(frozen=True)
+class BlockTraining:
+    """Error of the block's output on held-back images, before and after training, in the metric of the loss gradient
+    and relative to the dense stream's variance; `kept` says whether the trained weights were better and stayed."""
+
+    before: float
+    after: float
+    kept: bool
+
+
+def compensate_gradient(
+    dense: LowRankViTForImageClassification,
+    small: LowRankViTForImageClassification,
+    statistics: Sequence[BlockStatistics],
+    fitting: Sequence[Tensor],
+    held_back: Sequence[Tensor],
+    *,
+    refit: bool,
+    seed: int,
+) -> list[BlockTraining]:
+    """Train `small` in place on batches of embeddings (images, tokens, d), several views of an image among them.
+
+    refit: fit each block in closed form first, on the stream that the trained blocks before it produce.
+    Holds three streams in memory, each of the size of `fitting`.
+    """
+    num_read, layers = dense.config.num_tokens_read, len(dense.vit.blocks)
+    targets, inputs = list(fitting), list(fitting)
+    held_targets, held_inputs = list(held_back), list(held_back)
+    records = []
+    blocks: Any = zip(dense.vit.blocks, small.vit.blocks, statistics, strict=True)
+    for layer, (source, block, moments) in enumerate(track(blocks, "Training block by block", layers, "blocks")):
+        queries = num_read if layer == layers - 1 else None
+        before = list(inputs)
+        if refit:
+            refit_block(source, block, moments, targets, inputs, queries, num_read)
+        else:
+            targets = _moved(source, targets, queries)
+        held_targets = _moved(source, held_targets, queries)
+        error = _Error(moments, torch.cat(targets), num_read, dense.device)
+        records.append(_train(block, queries, error, (before, targets), (held_inputs, held_targets), seed + layer))
+        inputs, held_inputs = _moved(block, before, queries), _moved(block, held_inputs, queries)
+    return records
+
+
+class _Error:
+    """Mean of ‖Γ^½ (output - target)‖² over tokens, a token weighing what it weighs in the refits, relative to what the
+    mean of all targets would give."""
+
+    def __init__(self, statistics: BlockStatistics, targets: Tensor, num_read: int, device: torch.device):
+        self.weight, self.num_read = token_weight(statistics.mlp_gradient), num_read
+        self.root = square_root(output_metric(statistics.mlp_gradient, self.weight))[0].float().to(device)
+        self.scale = 1.0
+        self.scale = float(self(targets.to(device), targets.mean(0).to(device)).clamp_min(1e-30))
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(images, tokens, d) both."""
+        errors = ((outputs.float() - targets) @ self.root).square().sum(-1)
+        weighted = errors[:, : self.num_read].sum() + self.weight * errors[:, self.num_read :].sum()
+        return weighted / (len(outputs) * self.scale)
+
+
+def _train(
+    block: LowRankViTBlock,
+    queries: int | None,
+    error: Callable[[Tensor, Tensor], Tensor],
+    fitting: tuple[list[Tensor], list[Tensor]],
+    held_back: tuple[list[Tensor], list[Tensor]],
+    seed: int,
+) -> BlockTraining:
+    before = _mean_error(block, queries, error, *held_back)
+    start = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+    block.requires_grad_(True)
+    _descend(block, queries, error, *fitting, seed)
+    block.requires_grad_(False)
+    after = _mean_error(block, queries, error, *held_back)
+    kept = after < before  # false for NaN as well
+    if not kept:
+        block.load_state_dict(start)
+    return BlockTraining(before, after, kept)
+
+
+def _descend(
+    block: LowRankViTBlock,
+    queries: int | None,
+    error: Callable[[Tensor, Tensor], Tensor],
+    inputs: list[Tensor],
+    targets: list[Tensor],
+    seed: int,
+) -> None:
+    device = next(block.parameters()).device
+    size, generator = len(inputs[0]), torch.Generator().manual_seed(seed)
+    all_inputs, all_targets = torch.cat(inputs), torch.cat(targets)
+    steps = EPOCHS * -(-len(all_inputs) // size)
+    optimizer = torch.optim.Adam(block.parameters(), LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps)),
+    )
+    half = half_precision(device)
+    for _ in range(EPOCHS):
+        for chosen in torch.randperm(len(all_inputs), generator=generator).split(size):
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                outputs, _ = block(all_inputs[chosen].to(device), queries)
+            optimizer.zero_grad()
+            error(outputs, all_targets[chosen].to(device)).backward()
+            optimizer.step()
+            schedule.step()
+
+
+@torch.no_grad()
+def _mean_error(
+    block: LowRankViTBlock,
+    queries: int | None,
+    error: Callable[[Tensor, Tensor], Tensor],
+    inputs: list[Tensor],
+    targets: list[Tensor],
+) -> float:
+    device = next(block.parameters()).device
+    sums = [
+        len(batch) * error(block(batch.to(device), queries)[0], target.to(device)).item()
+        for batch, target in zip(inputs, targets, strict=True)
+    ]
+    return sum(sums) / sum(map(len, inputs))
+
+
+@torch.no_grad()
+def _moved(block: LowRankViTBlock, stream: list[Tensor], queries: int | None) -> list[Tensor]:
+    device = next(block.parameters()).device
+    return [block(batch.to(device), queries)[0].cpu() for batch in stream]

@@ -1,0 +1,310 @@
+"""Comparing methods: the cells, what is done twice and what is not, tables, charts, the scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_vit_lowrank import bench as bench_module
+from hf_vit_lowrank.bench import DENSE, Method, PreparedImages, accuracy_tables, bench
+from hf_vit_lowrank.charts import bytes_chart, methods_chart
+from hf_vit_lowrank.errors import UserError
+from hf_vit_lowrank.evaluation import evaluate_classifier, load_classifier
+from hf_vit_lowrank.images import open_images, pixel_batches
+from hf_vit_lowrank.quantised import check_quantisers, quantise, serialised_bytes
+from hf_vit_lowrank.recipe import CompressionRecipe
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+PNG = b"\x89PNG\r\n\x1a\n"
+METHODS = ("svd", "mixed-rank/closed-form")
+SIZE, TOO_SMALL = 0.8, 0.99  # this model is wide: methods differ only where little is left
+BASE = CompressionRecipe(reduction=0.0, samples=64)
+
+
+@pytest.fixture(scope="module")
+def run(digits_model, digits_data):
+    """Calls bench() into a folder; gives the records by method and size, and the lines it printed."""
+
+    def call(output, methods=METHODS, sizes=(SIZE,), base=BASE, calibration=digits_data.calibration):
+        lines: list[str] = []
+        records = bench(
+            str(digits_model),
+            open_images(str(calibration), samples=base.samples),
+            open_images(str(digits_data.validation), samples=200, seed=None),
+            base,
+            methods=[Method.parse(name) for name in methods],
+            sizes=sizes,
+            output=output,
+            device="cpu",
+            say=lines.append,
+        )
+        return {(record["method"], record["size"]): record for record in records}, lines
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def finished(run, tmp_path_factory):
+    output = tmp_path_factory.mktemp("bench")
+    return output, *run(output)
+
+
+# --------------------------------------------------------------------------------------------------------------- cells
+
+
+def test_every_cell_is_measured(finished, digits_model, digits_data):
+    output, records, _ = finished
+    assert list(records) == [(DENSE, 0.0), ("svd", SIZE), ("mixed-rank/closed-form", SIZE)]
+    dense = records[DENSE, 0.0]
+    model, processor = load_classifier(str(digits_model))
+    images = open_images(str(digits_data.validation), samples=200, seed=None)
+    alone = evaluate_classifier(model, processor, images, device="cpu")
+    assert (dense["top1"], dense["parameters"], dense["images"]) == (alone.top1, alone.parameters, 200)
+    for name in METHODS:
+        record = records[name, SIZE]
+        assert record["parameters"] <= (1 - SIZE) * dense["parameters"]
+        assert 4 * record["parameters"] <= record["bytes"] < dense["bytes"]
+        assert record["flops"] < dense["flops"]
+    # The compressed model is what was measured: plain SVD is ruined at this size, ours is not.
+    assert records["svd", SIZE]["top1"] < 85 < records["mixed-rank/closed-form", SIZE]["top1"] <= dense["top1"] + 2
+    written = json.loads((output / "accuracy.json").read_text())
+    assert written["cells"] == list(records.values())
+    assert {"machine", "versions", "seconds"} <= set(written["cells"][1])
+
+
+def test_a_finished_cell_is_never_run_again(finished, run, monkeypatch):
+    output, records, lines = finished
+    assert lines[0] == "0 of 3 cells are finished"
+    monkeypatch.setattr(bench_module, "calibrate", lambda *_, **__: pytest.fail("calibrated again"))
+    monkeypatch.setattr(bench_module, "evaluate_classifier", lambda *_, **__: pytest.fail("measured again"))
+    before = {path: path.stat().st_mtime_ns for path in (output / "cells").iterdir()}
+    again, lines = run(output)
+    assert again == records
+    assert lines == ["3 of 3 cells are finished"]
+    assert {path: path.stat().st_mtime_ns for path in (output / "cells").iterdir()} == before
+
+
+def test_a_run_that_was_killed_goes_on(finished, run, monkeypatch):
+    output, records, _ = finished
+    lost = next((output / "cells").glob("svd_*.json"))
+    lost.unlink()
+    built: list[str] = []
+    real = bench_module.build
+
+    def build(calibrated, recipe, **options):
+        built.append(recipe.preset)
+        return real(calibrated, recipe, **options)
+
+    monkeypatch.setattr(bench_module, "build", build)
+    again, _ = run(output)
+    assert built == ["svd"]
+    assert again["svd", SIZE]["top1"] == records["svd", SIZE]["top1"]
+
+
+def test_other_images_are_other_cells(finished, run, digits_data, tmp_path):
+    output, *_ = finished
+    other = tmp_path / "other.parquet"
+    other.write_bytes(digits_data.validation.read_bytes())
+    _, lines = run(output, methods=["mixed-rank/none"], calibration=other)
+    assert lines[0] == "0 of 2 cells are finished"
+
+
+def test_changed_calibration_images_are_refused(finished, run, tmp_path):
+    output, *_ = finished
+    for path in (output / "cells").glob("*.json"):
+        (tmp_path / "cells").mkdir(exist_ok=True)
+        record = json.loads(path.read_text())
+        (tmp_path / "cells" / path.name).write_text(json.dumps({**record, "calibration_sha256": "other"}))
+    with pytest.raises(UserError, match="other images than when"):
+        run(tmp_path, methods=[*METHODS, "mixed-rank/none"])
+
+
+def test_what_a_method_cannot_reach_is_recorded_once(run, tmp_path):
+    records, _ = run(tmp_path, methods=["svd"], sizes=[TOO_SMALL])
+    assert "cannot be reached" in records["svd", TOO_SMALL]["failed"]
+    table = (tmp_path / "accuracy.md").read_text()
+    assert "| svd | – |" in table
+    assert "- svd at −99 %: At most" in table
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(PNG)
+    assert run(tmp_path, methods=["svd"], sizes=[TOO_SMALL])[1] == ["2 of 2 cells are finished"]
+
+
+def test_what_broke_is_recorded_and_tried_again(run, tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bench_module, "build", broken)
+        records, _ = run(tmp_path, methods=["svd"])
+    assert records["svd", SIZE]["failed"] == "RuntimeError: out of luck."
+    records, lines = run(tmp_path, methods=["svd"])
+    assert lines[0] == "1 of 2 cells are finished"
+    assert records["svd", SIZE]["failed"] is None
+
+
+def test_only_training_holds_images_back(run, tmp_path, monkeypatch):
+    shares: dict[str, float] = {}
+
+    def build(calibrated, recipe, **_):
+        shares[recipe.compensation] = len(torch.cat([torch.empty(0, 17, 64), *calibrated.held_back]))
+        raise UserError("enough")
+
+    monkeypatch.setattr(bench_module, "build", build)
+    run(tmp_path, methods=["mixed-rank/gradient", "mixed-rank/closed-form"])
+    assert shares == {"closed-form": 0, "gradient": 6}
+
+
+def test_the_length_of_distillation_counts_for_distillation_only():
+    shorter, longer = (CompressionRecipe(reduction=0.0, distill_epochs=epochs) for epochs in (3, 7))
+    assert Method.parse("svd").recipe(longer, 0.5) == Method.parse("svd").recipe(shorter, 0.5)
+    assert Method.parse("mixed-rank/distill").recipe(longer, 0.5).distill_epochs == 7
+
+
+def test_names_of_methods():
+    assert Method.parse("svd") == Method("svd", "none")
+    assert Method.parse("mixed-rank").name == "mixed-rank/closed-form"
+    assert Method.parse(" corp/gradient").name == "corp/gradient"
+    assert Method.parse("mixed-rank/none").name == "mixed-rank/none"
+    for wrong in ("sdv", "svd/closed-form"):
+        with pytest.raises(UserError):
+            Method.parse(wrong)
+
+
+@pytest.mark.parametrize("free", [0, 1 << 40])
+def test_images_are_prepared_once_where_they_fit(free, digits_model, digits_data, monkeypatch):
+    stream = open_images(str(digits_data.validation), samples=40, seed=None)
+    _, processor = load_classifier(str(digits_model))
+    memory = type("Memory", (), {"available": free})
+    monkeypatch.setattr(bench_module.psutil, "virtual_memory", lambda: memory)
+    passes: list[int] = []
+
+    def counted(*arguments):
+        passes.append(1)
+        return pixel_batches(*arguments)
+
+    monkeypatch.setattr(bench_module, "pixel_batches", counted)
+    batches = PreparedImages(stream, processor, 16)
+    first, second = ([batch.pixel_values for batch in batches] for _ in range(2))
+    assert [len(batch) for batch in first] == [16, 16, 8]
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    assert len(passes) == (1 if free else 2)
+
+
+# ---------------------------------------------------------------------------------------------------- tables and charts
+
+
+def record(method, size, top1, *, quantised=None, bytes_per=4.0, failed=None):
+    parameters = round(1000 * (1 - size))
+    numbers = {"parameters": parameters, "bytes": round(bytes_per * parameters), "flops": 2 * parameters}
+    numbers |= {"top1": top1, "top5": top1}
+    return {"method": method, "size": size, "quantised": quantised, "failed": failed, **({} if failed else numbers)}
+
+
+RECORDS = [
+    record(DENSE, 0.0, 80.0),
+    record(DENSE, 0.0, 79.5, quantised="int8", bytes_per=1.1),
+    *(record(f"rival-{number:02}", size, 70 - number) for number in range(13) for size in (0.2, 0.4)),
+    *(record(f"mixed-rank/{name}", size, 75.0) for name in ("none", "closed-form", "gradient") for size in (0.2, 0.4)),
+    record("mixed-rank/none", 0.2, 74.0, quantised="int8", bytes_per=1.1),
+]
+
+
+def test_tables_by_hand():
+    records = [RECORDS[0], record("svd", 0.2, 70.126), record("svd", 0.4, 0.0, failed="No."), RECORDS[-1]]
+    assert accuracy_tables(records) == (
+        "| top-1 % | −20 % | −40 % |\n"
+        "|---|---:|---:|\n"
+        "| dense | 80.00 | 80.00 |\n"
+        "| svd | 70.13 | – |\n"
+        "| mixed-rank/none | – | – |\n"
+        "\n"
+        "|  | removed | parameters | bytes | FLOPs | top-1 % | top-5 % |\n"
+        "|---|---:|---:|---:|---:|---:|---:|\n"
+        "| dense | full size | 1,000 | 4,000 | 2,000 | 80.00 | 80.00 |\n"
+        "| svd | −20 % | 800 | 3,200 | 1,600 | 70.13 | 70.13 |\n"
+        "| svd | −40 % | – | – | – | – | – |\n"
+        "| mixed-rank/none, int8 | −20 % | 800 | 880 | 1,600 | 74.00 | 74.00 |\n"
+        "\n"
+        "- svd at −40 %: No.\n"
+    )
+
+
+@pytest.mark.parametrize("chart", [methods_chart, bytes_chart])
+def test_charts_are_the_same_bytes_again(chart, tmp_path):
+    for name in ("a", "b"):
+        chart(RECORDS, tmp_path / name)
+    first = (tmp_path / "a").read_bytes()
+    assert first.startswith(PNG)
+    assert first == (tmp_path / "b").read_bytes()
+    worse = [{**one, "top1": one["top1"] - 9} if one["method"] == "mixed-rank/none" else one for one in RECORDS]
+    chart(worse, tmp_path / "c")
+    assert first != (tmp_path / "c").read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------------------- quantised
+
+
+def test_without_the_libraries_the_way_out_is_named(monkeypatch):
+    monkeypatch.setattr("hf_vit_lowrank.quantised.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install torchao hqq"):
+        check_quantisers()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "bits", "error"), [("int8", 8, 0.01), ("hqq4", 4, 0.15)])
+def test_quantised_models_are_smaller_and_near(kind, bits, error):
+    pytest.importorskip("torchao")
+    pytest.importorskip("hqq")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.GELU(), torch.nn.Linear(512, 256)).eval()
+    inputs = torch.randn(64, 256)
+    small = quantise(model, kind)
+    with torch.no_grad():
+        dense, near = model(inputs), small(inputs)
+    assert 1e-4 < ((near - dense).norm() / dense.norm()).item() < error
+    # Beside the weights: biases, and a float32 scale for each output (int8), or two for each 64 weights (hqq4: 1 bit).
+    weights = 2 * 256 * 512
+    least = weights * (bits + (1 if kind == "hqq4" else 0)) / 8
+    assert least < serialised_bytes(small) < 1.1 * least + 20_000
+    assert serialised_bytes(model) > 4 * weights
+
+
+# ------------------------------------------------------------------------------------------------------------- scripts
+
+
+def test_help_of_imagenet_needs_nothing():
+    shown = subprocess.run(
+        ["bash", SCRIPTS / "imagenet.sh", "--help"], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True
+    )
+    assert shown.returncode == 0
+    assert "--smoke" in shown.stdout
+
+
+@pytest.mark.slow
+def test_dry_run_of_imagenet(tmp_path):
+    command = ["bash", SCRIPTS / "imagenet.sh", "--smoke", "--no-quantise", "--output", tmp_path]
+    environment = {**os.environ, "PYTHON": sys.executable}
+    first, second = (
+        subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600) for _ in range(2)
+    )
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    assert "9 of 9 cells are finished" in second.stdout
+    output = tmp_path / "model"
+    assert {"accuracy.json", "accuracy.md", "accuracy.png", "bytes.png"} <= {path.name for path in output.iterdir()}
+    cells = json.loads((output / "accuracy.json").read_text())["cells"]
+    assert [cell["failed"] for cell in cells] == [None] * 9
+
+
+@pytest.mark.slow
+def test_sizes_that_are_no_numbers_are_refused(digits_model, digits_data, tmp_path):
+    arguments = ["--calibration", digits_data.calibration, "--dataset", digits_data.validation, "--output", tmp_path]
+    command = [sys.executable, SCRIPTS / "bench_accuracy.py", digits_model, *arguments, "--sizes", "0.2;0.4"]
+    shown = subprocess.run(command, capture_output=True, text=True)
+    assert shown.returncode == 1
+    assert shown.stderr.strip().splitlines()[-1].startswith("Error: --sizes '0.2;0.4' are not numbers")

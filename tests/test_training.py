@@ -1,0 +1,144 @@
+"""Compensation by training, on the digits model: it starts from the closed form and never ends below it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from hf_vit_lowrank.augmentation import KEPT_SIZE, RandomViews
+from hf_vit_lowrank.compensation.gradient import compensate_gradient
+from hf_vit_lowrank.compress import build, calibrate, held_back_divergence
+from hf_vit_lowrank.errors import UserError
+from hf_vit_lowrank.images import open_images
+from hf_vit_lowrank.recipe import CompressionRecipe
+
+RECIPE = CompressionRecipe(reduction=0.85, samples=160, compensation="gradient")
+DISTILL = replace(RECIPE, compensation="distill", distill_epochs=15, distill_lr=1e-3)
+SHORT = replace(DISTILL, distill_epochs=3)
+
+
+@pytest.fixture(scope="module")
+def calibrated(digits_model, digits_data):
+    return calibrate(str(digits_model), str(digits_data.calibration), RECIPE, hold_back=0.25, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def closed_form(calibrated):
+    return build(calibrated, replace(RECIPE, compensation="closed-form"))
+
+
+@pytest.fixture(scope="module")
+def trained(calibrated):
+    return build(calibrated, RECIPE)
+
+
+@pytest.fixture(scope="module")
+def distilled(calibrated):
+    return build(calibrated, DISTILL)
+
+
+@pytest.fixture(scope="module")
+def shortly_distilled(calibrated):
+    return build(calibrated, SHORT)
+
+
+def test_training_block_by_block_brings_the_model_nearer_to_the_dense_one(calibrated, closed_form, trained):
+    before, after = (held_back_divergence(calibrated, one.model) for one in (closed_form, trained))
+    assert after < before
+    report = trained.report["gradient"]
+    assert report["before"] == pytest.approx(before, rel=1e-6)
+    assert report["after"] == pytest.approx(after, rel=1e-6)
+    assert all(block["after"] < block["before"] for block in report["blocks"] if block["kept"])
+
+
+def test_distillation_brings_it_nearer_still(calibrated, closed_form, distilled):
+    record = distilled.report["distillation"]
+    before, after = (held_back_divergence(calibrated, one.model) for one in (closed_form, distilled))
+    assert record["kept"]
+    assert after < before
+    assert record["after"] == pytest.approx(after, rel=0.05, abs=0.01)  # bfloat16, and the images cut down a little
+
+
+def test_the_same_seed_gives_the_same_bits(calibrated, shortly_distilled):
+    again = build(calibrated, SHORT)
+    state = again.model.state_dict()
+    assert again.report["distillation"] == shortly_distilled.report["distillation"]
+    assert all(torch.equal(tensor, state[name]) for name, tensor in shortly_distilled.model.state_dict().items())
+
+
+def test_a_block_that_training_makes_worse_stays_as_it_was(calibrated, monkeypatch):
+    monkeypatch.setattr("hf_vit_lowrank.compensation.gradient.LEARNING_RATE", 10.0)
+    model = build(calibrated, replace(RECIPE, compensation="none")).model
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    records = compensate_gradient(
+        *(calibrated.dense.model, model, calibrated.statistics, calibrated.fitting, calibrated.held_back),
+        refit=False,
+        seed=0,
+    )
+    assert not any(record.kept for record in records)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_distillation_that_only_harms_leaves_the_start(calibrated, closed_form):
+    result = build(calibrated, replace(DISTILL, distill_epochs=1, distill_lr=100.0))
+    assert not result.report["distillation"]["kept"]
+    start = closed_form.model.state_dict()
+    assert all(torch.equal(tensor, start[name]) for name, tensor in result.model.state_dict().items())
+
+
+def test_labels_are_learnt_from(calibrated, shortly_distilled):
+    labelled = build(calibrated, replace(SHORT, labels=True))
+    assert labelled.report["distillation"]["curve"][-1] != shortly_distilled.report["distillation"]["curve"][-1]
+
+
+def test_labels_that_are_missing_are_named(digits_model, digits_data, tmp_path):
+    from datasets import load_dataset
+
+    data = load_dataset("parquet", data_files=str(digits_data.calibration), split="train").select(range(20))
+    data.remove_columns("label").to_parquet(tmp_path / "bare.parquet")
+    recipe = replace(DISTILL, labels=True, samples=20)
+    calibrated = calibrate(str(digits_model), str(tmp_path / "bare.parquet"), recipe, hold_back=0.25, device="cpu")
+    with pytest.raises(UserError, match="no label for 20 of its images"):
+        build(calibrated, recipe)
+
+
+def test_a_distillation_that_died_goes_on(calibrated, shortly_distilled, tmp_path, monkeypatch):
+    from hf_vit_lowrank.compensation import distill
+
+    class KilledError(Exception):
+        pass
+
+    steps = []
+
+    def die(self, args, state, control, **_):
+        steps.append(state.global_step)
+        if state.global_step == 7:
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(distill._Progress, "on_step_end", die)
+        with pytest.raises(KilledError):
+            build(calibrated, SHORT, run_folder=tmp_path / "run")
+    steps.clear()
+    monkeypatch.setattr(distill._Progress, "on_step_end", lambda self, args, state, control, **_: steps.append(0))
+    resumed = build(calibrated, SHORT, run_folder=tmp_path / "run")
+    total = SHORT.distill_epochs * -(-120 // SHORT.batch_size)
+    assert 0 < len(steps) < total
+    curves = [one.report["distillation"]["curve"] for one in (resumed, shortly_distilled)]
+    assert curves[0] == curves[1]
+
+
+def test_views_are_crops_of_the_image_and_follow_their_seed(digits_model, digits_data, calibrated):
+    images = open_images(str(digits_data.calibration), samples=4, seed=0)
+    views = RandomViews(images, calibrated.dense.image_processor, (16, 16))
+    assert len(views) == 4
+    assert max(min(image.size) for image in views.images) <= KEPT_SIZE * 16
+    first, again = (views.batch([0, 1], torch.Generator().manual_seed(3)) for _ in range(2))
+    assert torch.equal(first, again)
+    assert first.shape == (2, 3, 16, 16)
+    assert not torch.equal(first, views.batch([0, 1], torch.Generator().manual_seed(4)))
+    whole = views.plain([0, 1])
+    assert first.min() >= whole.min() - 0.5  # bicubic overshoots a little
+    assert first.max() <= whole.max() + 0.5
