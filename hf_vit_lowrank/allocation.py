@@ -19,11 +19,12 @@ GREEDY_STEPS = 500
 class ErrorCurve:
     """`errors[k]` is the predicted rise of the loss at inner size k = 0..len-1; each unit of size costs `unit_cost`.
 
-    The largest size is the dense one, with the error of index -1; the least that is chosen is SMALLEST_SIZE.
+    The largest size is the dense one, with the error of index -1; the least that is chosen is `smallest`.
     """
 
     errors: np.ndarray
     unit_cost: int
+    smallest: int = SMALLEST_SIZE
 
     @property
     def largest(self) -> int:
@@ -47,8 +48,8 @@ def allocate(curves: Sequence[ErrorCurve], budget: int) -> list[int]:
     Raises:
         ImpossibleBudgetError: even the smallest sizes cost more.
     """
-    sizes = [SMALLEST_SIZE] * len(curves)
-    left = budget - sum(SMALLEST_SIZE * curve.unit_cost for curve in curves)
+    sizes = [curve.smallest for curve in curves]
+    left = budget - sum(curve.smallest * curve.unit_cost for curve in curves)
     if left < 0:
         raise ImpossibleBudgetError(budget - left)
     steps = [(-slope, piece, size) for piece, curve in enumerate(curves) for slope, size in _hull_steps(curve)]
@@ -62,8 +63,8 @@ def allocate(curves: Sequence[ErrorCurve], budget: int) -> list[int]:
 
 def _hull_steps(curve: ErrorCurve) -> list[tuple[float, int]]:
     """(saving per cost, size reached) of each edge of the lower convex hull, savings falling."""
-    corners = [SMALLEST_SIZE]
-    for size in range(SMALLEST_SIZE + 1, curve.largest + 1):
+    corners = [curve.smallest]
+    for size in range(curve.smallest + 1, curve.largest + 1):
         while len(corners) > 1 and _saving(curve, corners[-2], corners[-1]) <= _saving(curve, corners[-1], size):
             corners.pop()
         corners.append(size)
@@ -100,7 +101,7 @@ def energy_greedy(curves: Sequence[ErrorCurve], budget: int) -> list[int]:
     Raises:
         ImpossibleBudgetError: even the smallest sizes cost more.
     """
-    smallest = sum(SMALLEST_SIZE * curve.unit_cost for curve in curves)
+    smallest = sum(curve.smallest * curve.unit_cost for curve in curves)
     if smallest > budget:
         raise ImpossibleBudgetError(smallest)
     sizes = [curve.largest for curve in curves]
@@ -119,7 +120,7 @@ def _least_loss(curves: Sequence[ErrorCurve], sizes: Sequence[int], excess: floa
     """The piece that loses the least share of its energy per cost when `excess` is taken from it, and its size then."""
     best = (math.inf, 0, 0)
     for piece, (curve, size) in enumerate(zip(curves, sizes, strict=True)):
-        smaller = max(SMALLEST_SIZE, size - math.ceil(excess / curve.unit_cost))
+        smaller = max(curve.smallest, size - math.ceil(excess / curve.unit_cost))
         if smaller < size:
             lost = float(curve.errors[smaller] - curve.errors[size]) / (float(curve.errors[0]) or 1.0)
             best = min(best, (lost / ((size - smaller) * curve.unit_cost), piece, smaller))

@@ -239,17 +239,17 @@ def _compensate(
     seconds: dict[str, float],
     run_folder: Path | None,
 ) -> dict[str, Any]:
-    """Repair `model` in place as `recipe.compensation` says; what to report of it."""
+    """Repair `model` in place, each step of `recipe.compensation` from the one before; what to report of it."""
     report: dict[str, Any] = {}
     if recipe.compensation == "none":
         return report
     shrunk = None
     if recipe.preset == OURS:
-        shrunk = copy.deepcopy(model) if recipe.compensation == "gradient" else None
+        shrunk = copy.deepcopy(model) if recipe.compensation in TRAINED else None
         with _timed(seconds, "compensation"):
             drifts = compensate_closed_form(calibrated.dense.model, model, calibrated.statistics, calibrated.fitting)
         report["blocks"] = [asdict(drift) for drift in drifts]
-    if recipe.compensation == "gradient":
+    if recipe.compensation in TRAINED:
         with _timed(seconds, "gradient"):
             report["gradient"] = _train_blocks(calibrated, model, shrunk, recipe)
     if recipe.compensation == "distill":

@@ -10,6 +10,8 @@ from huggingface_hub import ModelCardData
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from .recipe import OURS
+
 _TEMPLATE = Path(__file__).with_name("card_template.md.jinja")
 _IMAGE_ARGUMENTS = ("config", "split", "image_column", "label_column", "samples", "seed")
 
@@ -36,7 +38,7 @@ def model_card(record: dict[str, Any]) -> str:
         removed=f"{100 * reduction:.1f} %",
         dense={"parameters": _millions(source["parameters"])},
         small={"parameters": _millions(record["parameters"])},
-        compensated=record.get("recipe", {}).get("compensation") == "closed-form",
+        method=_method(record.get("recipe", {})),
         repository=_literal(repository["id"]) if repository else None,
         revision=_literal(repository.get("revision") or "main"),
         rows=_rows(record),
@@ -45,6 +47,34 @@ def model_card(record: dict[str, Any]) -> str:
         call=_call(record),
         versions=", ".join(f"{name} {version}" for name, version in sorted(record.get("versions", {}).items())),
     )
+
+
+def _method(recipe: dict[str, Any]) -> list[str]:
+    """What was done, in sentences."""
+    preset, compensation = recipe.get("preset", OURS), recipe.get("compensation")
+    made = (
+        "Every attention head keeps only the ranks, and every MLP only the hidden units (and a low-rank bypass where "
+        "that pays), that its activations on a set of images need."
+        if preset == OURS
+        else Markup(f"The method is the preset {_code(preset)}, which is there to compare with.")
+    )
+    refits = compensation != "none" and preset == OURS
+    sentences = [
+        (True, made),
+        (
+            refits,
+            "The weights that remain were refitted in closed form, block by block, so that the tokens meet those of "
+            "the dense model.",
+        ),
+        (compensation in ("gradient", "distill"), "Its blocks were then trained one by one towards the dense ones."),
+        (
+            compensation == "distill",
+            f"The whole was then trained on the dense model's outputs, {'and' if recipe.get('labels') else 'without'} "
+            "labels.",
+        ),
+        (compensation in ("none", "closed-form"), "Nothing was trained."),
+    ]
+    return [sentence for said, sentence in sentences if said]
 
 
 def _metadata(record: dict[str, Any]) -> ModelCardData:

@@ -5,20 +5,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .allocation import ImpossibleBudgetError, allocate
+import numpy as np
+
+from .allocation import ErrorCurve, ImpossibleBudgetError, allocate
 from .candidates.block import BlockCandidates, UnitCosts
 from .errors import UserError
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import pair
 
+BYPASS_ROUNDS = 3
+_NO_BYPASS = ErrorCurve(np.zeros(1), 0, smallest=0)
+
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Per layer (and head): inner sizes of query-key, of value-output, of the MLP; and the rise of the loss."""
+    """Per layer (and head): inner sizes of query-key, of value-output, of the MLP and the bypass around it; and the
+    rise of the loss."""
 
     query_key_ranks: list[list[int]]
     value_output_ranks: list[list[int]]
     mlp_widths: list[int]
+    bypass_ranks: list[int]
     predicted_loss: float
 
     def apply(self, config: LowRankViTConfig) -> LowRankViTConfig:
@@ -28,6 +35,7 @@ class RankPlan:
             query_key_ranks=self.query_key_ranks,
             value_output_ranks=self.value_output_ranks,
             mlp_widths=self.mlp_widths,
+            bypass_ranks=self.bypass_ranks,
         )
         return LowRankViTConfig.from_dict(fields)
 
@@ -37,20 +45,45 @@ def choose_ranks(
 ) -> RankPlan:
     """The plan with the least predicted loss whose pieces cost at most `budget` (the rest of the model not counted).
 
+    What a bypass gains depends on the width beside it: after a first plan without, each of a few rounds offers the
+    allocator the bypasses that go with the widths of the round before. The best of all plans is taken.
+
     Raises:
         ImpossibleBudgetError: the smallest sizes cost more.
     """
     per_block = [block.curves(cost, query_key_weight) for block, cost in zip(candidates, costs, strict=True)]
-    curves = [curve for block in per_block for curve in block]
-    sizes = allocate(curves, budget)
-    loss = sum(float(curve.errors[size]) for curve, size in zip(curves, sizes, strict=True))
-    pieces = [sizes[start : start + len(per_block[0])] for start in range(0, len(sizes), len(per_block[0]))]
+    best = _plan(candidates, per_block, [[*curves, _NO_BYPASS] for curves in per_block], budget)
+    plan = best
+    for _ in range(BYPASS_ROUNDS):
+        blocks = zip(candidates, per_block, costs, plan.mlp_widths, strict=True)
+        offered = [[*curves, block.bypass_curve(width, cost)] for block, curves, cost, width in blocks]
+        plan = _plan(candidates, per_block, offered, budget)
+        if plan.predicted_loss < best.predicted_loss:
+            best = plan
+    return best
+
+
+def _plan(
+    candidates: Sequence[BlockCandidates],
+    per_block: Sequence[Sequence[ErrorCurve]],
+    offered: Sequence[Sequence[ErrorCurve]],
+    budget: int,
+) -> RankPlan:
+    """Allocate among `offered`: per block the curves of `per_block` and then a bypass's."""
+    sizes = iter(allocate([curve for block in offered for curve in block], budget))
+    pieces = [[next(sizes) for _ in block] for block in offered]
+    loss = 0.0
+    for block, curves, own in zip(candidates, per_block, pieces, strict=True):
+        loss += sum(float(curve.errors[size]) for curve, size in zip(curves, own[:-1], strict=True))
+        if own[-1]:  # at the width that came with it
+            loss -= 0.5 * float(block.bypass(own[-2]).gains[: own[-1]].sum())
     return RankPlan(
-        query_key_ranks=[block[:-2] for block in pieces],
+        query_key_ranks=[own[:-3] for own in pieces],
         value_output_ranks=[
-            candidate.value_output.head_ranks(block[-2]) for candidate, block in zip(candidates, pieces, strict=True)
+            candidate.value_output.head_ranks(own[-3]) for candidate, own in zip(candidates, pieces, strict=True)
         ],
-        mlp_widths=[block[-1] for block in pieces],
+        mlp_widths=[own[-2] for own in pieces],
+        bypass_ranks=[own[-1] for own in pieces],
         predicted_loss=loss,
     )
 
@@ -82,16 +115,24 @@ def plan_cost(config: LowRankViTConfig, cost: str) -> int:
     """Parameters or FLOPs of a model with the sizes of `config`; FLOPs are those of matrix products, unpadded."""
     costs, fixed = model_costs(config, cost)
     return fixed + sum(
-        unit.query_key * sum(query_key) + unit.value_output * sum(value_output) + unit.width * width
-        for unit, query_key, value_output, width in zip(
-            costs, config.query_key_ranks, config.value_output_ranks, config.mlp_widths, strict=True
+        unit.query_key * sum(query_key)
+        + unit.value_output * sum(value_output)
+        + unit.width * width
+        + unit.bypass * rank
+        for unit, query_key, value_output, width, rank in zip(
+            costs,
+            config.query_key_ranks,
+            config.value_output_ranks,
+            config.mlp_widths,
+            config.bypass_ranks,
+            strict=True,
         )
     )
 
 
 def _parameter_costs(config: LowRankViTConfig) -> tuple[list[UnitCosts], int]:
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    unit = UnitCosts(2 * hidden + int(config.qkv_bias), 2 * hidden, 2 * hidden + 1)
+    unit = UnitCosts(2 * hidden + int(config.qkv_bias), 2 * hidden, 2 * hidden + 1, 2 * hidden)
     embeddings = hidden * (num_tokens(config) + config.num_prefix_tokens + _patch_values(config) + 1)
     heads = config.num_tokens_read * (config.num_labels or 0) * (hidden + 1)
     norms_and_biases = layers * 6 * hidden + 2 * hidden
@@ -103,7 +144,7 @@ def _flop_costs(config: LowRankViTConfig) -> tuple[list[UnitCosts], int]:
 
     def unit(queries: int) -> UnitCosts:
         pair = 2 * hidden * (queries + tokens) + 2 * queries * tokens
-        return UnitCosts(pair, pair, 4 * hidden * queries)
+        return UnitCosts(pair, pair, 4 * hidden * queries, 4 * hidden * queries)
 
     # The last block computes only the tokens that the classifier reads.
     units = [unit(tokens)] * (config.num_hidden_layers - 1) + [unit(config.num_tokens_read)]

@@ -30,8 +30,8 @@ class CompressionRecipe:
     cost: what the budget counts and the ranks compete for. "flops" goes with `reduction` and `min_agreement` only.
     preset: the method: "mixed-rank" is this package's own, the others are those of `hf_vit_lowrank.presets`.
     compensation: what repairs the model after it was made smaller. "closed-form" refits output and down weights block
-        by block against the dense stream; "gradient" refits and then trains block by block; "distill" trains the whole
-        model after the closed form (design 3.5). None means the preset's own: "closed-form"
+        by block against the dense stream; "gradient" refits and trains block by block; "distill" then trains the whole
+        model (design 3.5). None means the preset's own: "closed-form"
         for "mixed-rank", "none" for the others, which bring theirs with them and cannot have "closed-form".
     distill_epochs, distill_lr: passes over the calibration images and peak learning rate of "distill".
     labels: let "distill" also learn from the labels of the calibration images.

@@ -44,6 +44,10 @@ class Moments:
             self.count + weight * other.count, self.first + weight * other.first, self.second + weight * other.second
         )
 
+    def part(self, chosen: Tensor | slice) -> Moments:
+        """The moments of some of the entries of x."""
+        return Moments(self.count, self.first[..., chosen], self.second[..., chosen, :][..., chosen])
+
     def covariance(self) -> Tensor:
         """Centred second moment, summed (not averaged) over tokens: (..., n, n)."""
         return self.second - self.first.unsqueeze(-1) * self.first.unsqueeze(-2) / self.count
@@ -84,17 +88,17 @@ def _images_inside(values: Tensor) -> Tensor:
 class BlockStatistics:
     """The moments of one block; e is the head size, d the hidden size, w the MLP width, sums run over all images.
 
-    images: their number. query, context, hidden: token groups of the queries (heads, e), of the concatenated contexts
-    (heads · e), and of the MLP's hidden units (w). key: second moments of the keys centred within each image
-    (heads, e, e). score_gradient: sum of (∂loss/∂s_ij)² per head. attention_gradient, mlp_gradient: token groups of the
-    loss gradient at the block's two outputs (d).
+    images: their number. query, context, mlp: token groups of the queries (heads, e), of the concatenated contexts
+    (heads · e), and of the MLP's hidden units and its input side by side (w + d). key: second moments of the keys
+    centred within each image (heads, e, e). score_gradient: sum of (∂loss/∂s_ij)² per head. attention_gradient,
+    mlp_gradient: token groups of the loss gradient at the block's two outputs (d).
     """
 
     images: int
     query: TokenGroups
     key: Tensor
     context: TokenGroups
-    hidden: TokenGroups
+    mlp: TokenGroups
     score_gradient: Tensor
     attention_gradient: TokenGroups
     mlp_gradient: TokenGroups
@@ -106,11 +110,17 @@ class BlockStatistics:
             query=TokenGroups.zeros(heads, head_size),
             key=torch.zeros(heads, head_size, head_size, dtype=torch.float64),
             context=TokenGroups.zeros(heads * head_size),
-            hidden=TokenGroups.zeros(width),
+            mlp=TokenGroups.zeros(width + hidden_size),
             score_gradient=torch.zeros(heads, dtype=torch.float64),
             attention_gradient=TokenGroups.zeros(hidden_size),
             mlp_gradient=TokenGroups.zeros(hidden_size),
         )
+
+    @property
+    def hidden(self) -> TokenGroups:
+        """The hidden units alone (w)."""
+        units = slice(len(self.mlp.read.first) - len(self.mlp_gradient.read.first))
+        return TokenGroups(self.mlp.read.part(units), self.mlp.other.part(units))
 
 
 def token_weight(gradient: TokenGroups) -> float:
@@ -165,6 +175,7 @@ class _Trace:
     scores: Tensor
     context: Tensor
     after_attention: Tensor
+    mlp_input: Tensor
     hidden: Tensor
     after_mlp: Tensor
     gradients: tuple[Tensor, ...] = ()
@@ -209,9 +220,10 @@ def _traced_block(block: LowRankViTBlock, stream: Tensor) -> _Trace:
     scores = query @ key.transpose(-1, -2)
     context = merge_heads(scores.softmax(-1) @ value, attention.value_output_ranks)
     after_attention = stream + attention.output(context)
-    hidden = block.mlp.activation(block.mlp.up(block.mlp_norm(after_attention)))
+    mlp_input = block.mlp_norm(after_attention)
+    hidden = block.mlp.activation(block.mlp.up(mlp_input))
     after_mlp = after_attention + block.mlp.down(hidden)
-    return _Trace(query, key, scores, context, after_attention, hidden, after_mlp)
+    return _Trace(query, key, scores, context, after_attention, mlp_input, hidden, after_mlp)
 
 
 @torch.no_grad()
@@ -222,7 +234,7 @@ def _add(statistics: BlockStatistics, trace: _Trace, num_read: int) -> None:
     centred = trace.key.float() - trace.key.float().mean(-2, keepdim=True)
     statistics.key += (centred.transpose(-1, -2) @ centred).sum(0).cpu().double()
     statistics.context.add(trace.context.float(), num_read)
-    statistics.hidden.add(trace.hidden.float(), num_read)
+    statistics.mlp.add(torch.cat((trace.hidden.float(), trace.mlp_input.float()), -1), num_read)
     statistics.score_gradient += score_gradient.square().sum((0, 2, 3)).cpu().double()
     statistics.attention_gradient.add(attention_gradient, num_read)
     statistics.mlp_gradient.add(mlp_gradient, num_read)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .candidates.block import BlockCandidates
+from .candidates.bypass import bypass_candidate
 from .linalg import ridge_solve
 from .rank_plan import RankPlan
+from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
 from .statistics import BlockStatistics, Moments, token_weight
 
@@ -27,30 +29,53 @@ def shrink(
 
     What the plan leaves whole is copied as it is.
     """
-    small = LowRankViTForImageClassification(plan.apply(dense.config)).eval()
-    nn.Module.to(small, dense.device)
-    shapes = {name: tensor.shape for name, tensor in small.state_dict().items()}
-    same = {name: tensor for name, tensor in dense.state_dict().items() if shapes[name] == tensor.shape}
-    small.load_state_dict(same, strict=False)
+    small = resized(dense, plan.apply(dense.config))
     parts: Any = zip(small.vit.blocks, dense.vit.blocks, candidates, statistics, strict=True)
     for block, source, candidate, moments in parts:
         _shrink_attention(block, source, candidate, moments)
         if block.mlp.up.out_features < source.mlp.up.out_features:
-            hidden = moments.hidden.weighted(token_weight(moments.mlp_gradient))
+            seen = moments.mlp.weighted(token_weight(moments.mlp_gradient))
             down, kept = source.mlp.down, candidate.width.kept(block.mlp.up.out_features)
-            keep_units(block, source, kept, down.weight, down.bias, hidden)
+            keep_units(block, source, kept, down.weight, down.bias, seen, candidate.mlp_metric)
+    return small
+
+
+def resized(dense: LowRankViTForImageClassification, config: LowRankViTConfig) -> LowRankViTForImageClassification:
+    """A model of that configuration in eval mode; it has the dense weights wherever their shape is the same."""
+    small = LowRankViTForImageClassification(config).eval()
+    nn.Module.to(small, dense.device)
+    shapes = {name: tensor.shape for name, tensor in small.state_dict().items()}
+    same = {name: tensor for name, tensor in dense.state_dict().items() if shapes[name] == tensor.shape}
+    small.load_state_dict(same, strict=False)
     return small
 
 
 def keep_units(
-    small: LowRankViTBlock, dense: LowRankViTBlock, kept: Tensor, down: Tensor, bias: Tensor, hidden: Moments
+    small: LowRankViTBlock,
+    dense: LowRankViTBlock,
+    kept: Tensor,
+    down: Tensor,
+    bias: Tensor,
+    seen: Moments,
+    metric: Tensor,
 ) -> None:
-    """Leave the MLP the units `kept`; its down weight is refitted to what `down` (d, w) and `bias` do with all of them.
+    """Leave the MLP the units `kept`; its down weight is refitted to what `down` (d, w) and `bias` do with all of them,
+    together with the bypass if there is one.
 
-    hidden: moments of all w units.
+    seen: moments of all w units and the MLP's input side by side. metric: Γ (d, d), in which a bypass is chosen.
     """
-    weight, change = _refit(down, lambda units: units[kept], hidden)
+    units = seen.part(slice(down.shape[1]))
     set_linear(small.mlp.up, dense.mlp.up.weight[kept], dense.mlp.up.bias[kept])
+    if small.mlp.bypass is None:
+        weight, change = _refit(down, lambda values: values[kept], units)
+    else:
+        rank = small.mlp.bypass.reduce.out_features
+        candidate = bypass_candidate(down.detach().cpu(), kept, seen.covariance() / seen.count, metric)
+        expand, reduce, weight = candidate.weights(rank)
+        set_linear(small.mlp.bypass.reduce, reduce)
+        set_linear(small.mlp.bypass.expand, expand)
+        mean, inputs = units.first / seen.count, seen.first[down.shape[1] :] / seen.count
+        change = down.detach().cpu().double() @ mean - weight @ mean[kept] - expand @ (reduce @ inputs)
     set_linear(small.mlp.down, weight, bias.detach().cpu().double() + change)
 
 

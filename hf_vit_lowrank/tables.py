@@ -25,11 +25,12 @@ def show_compression(report: dict[str, Any], output: Path) -> None:
 def show_plan(report: dict[str, Any]) -> None:
     """The ranks of every block and head, then the sizes that `compress` would come to."""
     console = _console()
-    table = Table("block", "query–key ranks", "value–output ranks", "MLP width", title="Rank plan")
+    table = Table("block", "query–key ranks", "value–output ranks", "MLP width", "bypass", title="Rank plan")
     plan = report["plan"]
-    rows = zip(plan["query_key_ranks"], plan["value_output_ranks"], plan["mlp_widths"], strict=True)
-    for block, (query_key, value_output, width) in enumerate(rows):
-        table.add_row(str(block), _numbers(query_key), _numbers(value_output), str(width))
+    names = ("query_key_ranks", "value_output_ranks", "mlp_widths", "bypass_ranks")
+    rows = zip(*(plan[name] for name in names), strict=True)
+    for block, (query_key, value_output, width, bypass) in enumerate(rows):
+        table.add_row(str(block), _numbers(query_key), _numbers(value_output), str(width), str(bypass))
     console.print(table)
     console.print(_sizes(report))
     for line in _notes(report):
@@ -96,7 +97,16 @@ def _sizes(report: dict[str, Any]) -> Table:
 
 
 def _notes(report: dict[str, Any]) -> list[str]:
-    notes = [f"Predicted rise of the loss before compensation: {report['predicted_loss']:.4g}"]
+    notes = []
+    if report["predicted_loss"] is not None:
+        notes.append(f"Predicted rise of the loss before compensation: {report['predicted_loss']:.4g}")
+    for stage, title in (("gradient", "training block by block"), ("distillation", "distillation")):
+        if trained := report.get(stage):
+            kept = "" if trained["kept"] else " (not kept)"
+            notes.append(
+                f"Divergence from the dense model on held-back images, before and after {title}: "
+                f"{trained['before']:.3f}, {trained['after']:.3f} nats{kept}"
+            )
     if search := report.get("agreement"):
         kept = max(
             (trial for trial in search["trials"] if trial["agreement"] >= search["wanted"]), key=itemgetter("reduction")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from ..allocation import ErrorCurve
 from ..remote.modeling_lowrank_vit import LowRankViTBlock
 from ..statistics import BlockStatistics, TokenGroups, token_weight
+from .bypass import BypassCandidate, bypass_candidate
 from .elimination import Elimination
 from .mlp_width import mlp_width_candidate
 from .query_key import QueryKeyCandidate, query_key_candidate
@@ -26,16 +28,24 @@ class UnitCosts:
     query_key: int
     value_output: int
     width: int
+    bypass: int
 
 
 @dataclass(frozen=True)
 class BlockCandidates:
-    """query_key: one per head; value_output: one per layer; width: the MLP's units."""
+    """query_key: one per head; value_output: one per layer; width: the MLP's units; `bypass` around those kept.
+
+    down_weight (d, w), mlp_covariance (w + d, w + d) and mlp_metric (d, d) are what bypasses are made from.
+    """
 
     query_key: list[QueryKeyCandidate]
     value_output: ValueOutputCandidate
     width: Elimination
     query_key_scales: list[float]
+    down_weight: Tensor
+    mlp_covariance: Tensor
+    mlp_metric: Tensor
+    reads_all_tokens: bool
 
     def curves(self, costs: UnitCosts, query_key_weight: float) -> list[ErrorCurve]:
         """The heads' query-key curves, the value-output curve, the width curve; half a squared gradient is a loss."""
@@ -48,6 +58,20 @@ class BlockCandidates:
         )
         return [*scores, value_output, ErrorCurve((0.5 * self.width.errors).numpy(), costs.width)]
 
+    def bypass(self, width: int) -> BypassCandidate:
+        """Beside this many hidden units."""
+        return bypass_candidate(self.down_weight, self.width.kept(width), self.mlp_covariance, self.mlp_metric)
+
+    def bypass_curve(self, width: int, costs: UnitCosts) -> ErrorCurve:
+        """What a bypass can still take from the error that `width` units leave; nothing where all units are kept.
+
+        Where only the tokens read count there are too few of them to tell a bypass from chance.
+        """
+        if not self.reads_all_tokens or width == len(self.width.order):
+            return ErrorCurve(np.zeros(1), costs.bypass, smallest=0)
+        gains = 0.5 * self.bypass(width).gains.numpy()
+        return ErrorCurve(gains.sum() - np.concatenate(([0.0], gains.cumsum())), costs.bypass, smallest=0)
+
 
 def block_candidates(block: LowRankViTBlock, statistics: BlockStatistics) -> BlockCandidates:
     """Candidates of a block at full rank from its dense statistics.
@@ -58,6 +82,9 @@ def block_candidates(block: LowRankViTBlock, statistics: BlockStatistics) -> Blo
     attention_weight, mlp_weight = token_weight(statistics.attention_gradient), token_weight(statistics.mlp_gradient)
     images, heads = statistics.images, len(statistics.key)
     queries = statistics.query.weighted(attention_weight)
+    down_weight = block.mlp.down.weight.detach().cpu()
+    mlp_covariance = statistics.mlp.weighted(mlp_weight).covariance() / images
+    mlp_metric, width = output_metric(statistics.mlp_gradient, mlp_weight), down_weight.shape[1]
     return BlockCandidates(
         query_key=[
             query_key_candidate(query / images, key / images)
@@ -69,12 +96,12 @@ def block_candidates(block: LowRankViTBlock, statistics: BlockStatistics) -> Blo
             output_metric(statistics.attention_gradient, attention_weight),
             heads,
         ),
-        width=mlp_width_candidate(
-            block.mlp.down.weight.detach().cpu(),
-            statistics.hidden.weighted(mlp_weight).covariance() / images,
-            output_metric(statistics.mlp_gradient, mlp_weight),
-        ),
+        width=mlp_width_candidate(down_weight, mlp_covariance[:width, :width], mlp_metric),
         query_key_scales=(statistics.score_gradient * images / (queries.count * statistics.query.count)).tolist(),
+        down_weight=down_weight,
+        mlp_covariance=mlp_covariance,
+        mlp_metric=mlp_metric,
+        reads_all_tokens=mlp_weight > 0,
     )
 
 

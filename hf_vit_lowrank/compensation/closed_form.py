@@ -116,46 +116,51 @@ def _refit_mlp(
     down, mlp = block.mlp.down, source.mlp
     device = down.weight.device
     weight = token_weight(statistics.mlp_gradient)
-    fit = _Regression(mlp.down.in_features, down.out_features, weight)
+    fit = _Regression(mlp.down.in_features, down.out_features, weight, watched=down.out_features)
     for index, (dense_batch, small_batch) in enumerate(zip(dense_stream, small_stream, strict=True)):
         dense_batch, small_batch = dense_batch.to(device), small_batch.to(device)
         dense_after = dense_batch + mlp(source.mlp_norm(dense_batch))
-        hidden = mlp.activation(mlp.up(block.mlp_norm(small_batch)))
-        fit.add(hidden, dense_after - small_batch, num_read)
+        normed = block.mlp_norm(small_batch)
+        hidden = mlp.activation(mlp.up(normed))
+        fit.add(torch.cat((hidden, normed), -1), dense_after - small_batch, num_read)
         dense_stream[index] = dense_after.cpu()
     full, bias = fit.solve(DOWN_RIDGE, prior=mlp.down.weight)
     if down.in_features == mlp.down.in_features:
         set_linear(down, full, bias)
     else:
         metric = output_metric(statistics.mlp_gradient, weight)
-        units = fit.inputs
-        kept = mlp_width_candidate(full, units.covariance(), metric).kept(down.in_features)
-        keep_units(block, source, kept, full, bias, units)
+        kept = mlp_width_candidate(full, fit.inputs.covariance(), metric).kept(down.in_features)
+        keep_units(block, source, kept, full, bias, fit.seen, metric)
     for index, small_batch in enumerate(small_stream):
         small_batch = small_batch.to(device)
         small_stream[index] = (small_batch + block.mlp(block.mlp_norm(small_batch))).cpu()
 
 
 class _Regression:
-    """Weighted least squares with a bias, from sums over tokens."""
+    """Weighted least squares with a bias, from sums over tokens. `watched` values beside the inputs have their moments
+    taken too."""
 
-    def __init__(self, inputs: int, targets: int, other_weight: float):
-        self.other_weight = other_weight
-        self.groups = TokenGroups.zeros(inputs)
+    def __init__(self, inputs: int, targets: int, other_weight: float, watched: int = 0):
+        self.other_weight, self.size = other_weight, inputs
+        self.groups = TokenGroups.zeros(inputs + watched)
         self.cross = torch.zeros(inputs, targets, dtype=torch.float64)
         self.target_sum = torch.zeros(targets, dtype=torch.float64)
 
     def add(self, inputs: Tensor, targets: Tensor, num_read: int) -> None:
-        """(images, tokens, n) and (images, tokens, m)."""
+        """(images, tokens, n + watched) and (images, tokens, m)."""
         self.groups.add(inputs, num_read)
         for tokens, weight in ((slice(0, num_read), 1.0), (slice(num_read, None), self.other_weight)):
-            x, y = inputs[:, tokens].flatten(0, 1), targets[:, tokens].flatten(0, 1)
+            x, y = inputs[:, tokens, : self.size].flatten(0, 1), targets[:, tokens].flatten(0, 1)
             self.cross += weight * (x.mT @ y).cpu().double()
             self.target_sum += weight * y.sum(0).cpu().double()
 
     @property
-    def inputs(self) -> Moments:
+    def seen(self) -> Moments:
         return self.groups.weighted(self.other_weight)
+
+    @property
+    def inputs(self) -> Moments:
+        return self.seen.part(slice(self.size))
 
     def solve(self, ridge: float, prior: Tensor) -> tuple[Tensor, Tensor]:
         """Weight (m, n), drawn towards `prior` where the data say little, and bias (m,)."""

@@ -69,7 +69,7 @@ def distill(
     start = {name: tensor.detach().cpu().clone() for name, tensor in small.state_dict().items()}
     arguments = _arguments(folder, len(fitting), epochs, learning_rate, batch_size, seed, dense.device)
     trainer = _Distiller(
-        model=small.requires_grad_(True),
+        model=small,
         args=arguments,
         train_dataset=[(index, True) for index in fitting],
         eval_dataset=[(index, False) for index in held_back],
@@ -80,7 +80,7 @@ def distill(
     trainer.teacher = dense
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
-    small.requires_grad_(False).eval()
+    small.eval()
     # A run that goes on evaluates once more where it stopped.
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     before, after = losses[0], min(loss for step, loss in losses.items() if step > 0)

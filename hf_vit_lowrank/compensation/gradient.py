@@ -99,9 +99,7 @@ def _train(
 ) -> BlockTraining:
     before = _mean_error(block, queries, error, *held_back)
     start = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    block.requires_grad_(True)
     _descend(block, queries, error, *fitting, seed)
-    block.requires_grad_(False)
     after = _mean_error(block, queries, error, *held_back)
     kept = after < before  # false for NaN as well
     if not kept:

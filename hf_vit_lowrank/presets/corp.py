@@ -12,7 +12,8 @@ from torch import Tensor
 from ..linalg import RELATIVE_FLOOR, ridge_solve
 from ..remote.modeling_lowrank_vit import LowRankViTAttention, LowRankViTForImageClassification
 from ..statistics import Moments
-from .pair_form import best, dense_traces, largest_config, resized, set_attention, set_mlp, sparse_config
+from ..surgery import resized
+from .pair_form import best, dense_traces, largest_config, set_attention, set_mlp, sparse_config
 
 if TYPE_CHECKING:
     from .inputs import PresetInputs

@@ -12,11 +12,11 @@ from torch import Tensor
 from ..linalg import ridge_solve, square_root
 from ..remote.modeling_lowrank_vit import LowRankViTAttention, LowRankViTForImageClassification
 from ..statistics import BlockStatistics, Moments
+from ..surgery import resized
 from .pair_form import (
     best,
     dense_traces,
     largest_config,
-    resized,
     selection,
     set_attention,
     set_mlp,

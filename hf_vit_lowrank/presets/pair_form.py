@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UserError
 from ..rank_plan import RankPlan, plan_cost
@@ -78,17 +78,7 @@ def with_sizes(
     dense: LowRankViTConfig, query_key: list[list[int]], value_output: list[list[int]], widths: list[int]
 ) -> LowRankViTConfig:
     """A copy of a configuration with these sizes."""
-    return RankPlan(query_key, value_output, widths, predicted_loss=math.nan).apply(dense)
-
-
-def resized(dense: LowRankViTForImageClassification, config: LowRankViTConfig) -> LowRankViTForImageClassification:
-    """A model of that configuration in eval mode; it has the dense weights wherever their shape is the same."""
-    small = LowRankViTForImageClassification(config).eval()
-    nn.Module.to(small, dense.device)
-    shapes = {name: tensor.shape for name, tensor in small.state_dict().items()}
-    same = {name: tensor for name, tensor in dense.state_dict().items() if shapes[name] == tensor.shape}
-    small.load_state_dict(same, strict=False)
-    return small
+    return RankPlan(query_key, value_output, widths, dense.bypass_ranks, predicted_loss=math.nan).apply(dense)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ..remote.configuration_lowrank_vit import LowRankViTConfig
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification, merge_heads
+from ..surgery import resized
 from .pair_form import (
     best,
     largest_config,
     project,
-    resized,
     selection,
     set_attention,
     set_mlp,
