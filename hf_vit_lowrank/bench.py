@@ -19,11 +19,12 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from .charts import bytes_chart, methods_chart
-from .compress import TRAINED, TRAINING_SHARE, Calibrated, build, calibrate
+from .compress import TRAINED, TRAINING_SHARE, Calibrated, CompressionResult, build, calibrate
 from .dense import DenseSource, load_dense
 from .errors import UserError, reason
 from .evaluation import count_flops, count_parameters, evaluate_classifier, pick_device
 from .images import ImageStream, PixelBatch, pixel_batches
+from .model_card import model_card
 from .quantised import LIBRARIES, check_quantisers, quantise, serialised_bytes
 from .recipe import OURS, PRESETS, CompressionRecipe
 
@@ -101,7 +102,8 @@ def bench(
     output: a folder. cells/ gets a file for each cell as soon as it is measured; a later call with the same weights,
         images and recipe takes it from there, so a call that was killed goes on. A method that cannot reach a size is
         recorded with the reason; one that failed otherwise too, but is tried again by the next call. accuracy.json,
-        accuracy.md, accuracy.png (top-1 against parameters) and bytes.png (against bytes) are made of all cells.
+        accuracy.md, accuracy.png (top-1 against parameters) and bytes.png (against bytes) are made of all cells; cards/
+        has the model card of each.
 
     Returns the cells' records, the dense model's first.
 
@@ -125,7 +127,7 @@ def bench(
     if missing:
         torch.nn.Module.to(dense.model, pick_device(device))
         known = {store.read(cell)["calibration_sha256"] for cell in cells if store.finished(cell) and cell.recipe}
-        workshop = _Workshop(source, dense, calibration, known, Path(output) / "training")
+        workshop = _Workshop(source, dense, calibration, known, Path(output))
         batches = PreparedImages(dataset, dense.image_processor, base.batch_size)
         _measure_all(workshop, batches, missing, store, say)
     records = [store.read(cell) for cell in cells]
@@ -149,16 +151,16 @@ class _Workshop:
     """Makes the models of all cells. What the images tell is collected when it is first needed.
 
     known: hashes of the calibration images that finished cells were made with.
-    training: where a training keeps its checkpoints until its model has been measured.
+    output: where a training keeps its checkpoints until its model has been measured, and where cards go.
     """
 
     def __init__(
-        self, source: str, dense: DenseSource, calibration: ImageStream, known: set[str], training: Path
+        self, source: str, dense: DenseSource, calibration: ImageStream, known: set[str], output: Path
     ) -> None:
-        self.dense, self.training = dense, training
+        self.dense, self.training, self.cards = dense, output / "training", output / "cards"
         self._source, self._calibration, self._known = source, calibration, known
         self._calibrated: tuple[float, Calibrated] | None = None
-        self._built: tuple[CompressionRecipe, Any, float] | None = None
+        self._built: tuple[CompressionRecipe, CompressionResult] | None = None
 
     def calibrated(self, recipe: CompressionRecipe) -> Calibrated:
         """As `compress` would for this recipe: whoever trains holds some of the images back, nobody else loses them."""
@@ -176,8 +178,8 @@ class _Workshop:
             self._calibrated = share, made
         return self._calibrated[1]
 
-    def build(self, recipe: CompressionRecipe) -> tuple[Any, float]:
-        """A float32 model on the dense model's device, and the seconds it took; the last one is kept for another call.
+    def build(self, recipe: CompressionRecipe) -> CompressionResult:
+        """A float32 model on the dense model's device, and its record; the last one is kept for another call.
 
         Raises UserError where the method cannot reach the size.
         """
@@ -185,10 +187,17 @@ class _Workshop:
             self._built = None
             calibrated = self.calibrated(recipe)
             start = time.perf_counter()
-            model = build(calibrated, recipe, run_folder=self.training / recipe.fingerprint()).model
-            torch.nn.Module.to(model, self.dense.model.device)
-            self._built = recipe, model, time.perf_counter() - start
-        return self._built[1:]
+            result = build(calibrated, recipe, run_folder=self.training / recipe.fingerprint())
+            result.report["seconds"] = {"build": time.perf_counter() - start}
+            torch.nn.Module.to(result.model, self.dense.model.device)
+            self._built = recipe, result
+        return self._built[1]
+
+    def write_card(self, cell: Cell, record: dict[str, Any], evaluation: dict[str, Any]) -> None:
+        """The model card of a cell, named by method and size."""
+        self.cards.mkdir(exist_ok=True)
+        name = f"{cell.method.replace('/', '+')}_{cell.size:g}.md"
+        (self.cards / name).write_text(model_card({**record, "evaluation": evaluation}), encoding="utf-8")
 
 
 def _held_back(recipe: CompressionRecipe) -> float:
@@ -224,9 +233,10 @@ def _measure_all(
 
 def _measure(cell: Cell, workshop: _Workshop, batches: PreparedImages) -> dict[str, Any]:
     try:
-        plain, seconds = workshop.build(cell.recipe) if cell.recipe else (workshop.dense.model, 0.0)
+        result = workshop.build(cell.recipe) if cell.recipe else None
     except UserError as error:  # this method does not get to this size
         return {"failed": str(error), "final": True}
+    plain = result.model if result else workshop.dense.model
     model = quantise(plain, cell.quantised) if cell.quantised else plain
     start = time.perf_counter()
     report = evaluate_classifier(
@@ -237,6 +247,8 @@ def _measure(cell: Cell, workshop: _Workshop, batches: PreparedImages) -> dict[s
         device=str(plain.device),
         batches=batches,
     )
+    if result and not cell.quantised:
+        workshop.write_card(cell, result.report, report.to_dict())
     return {
         "parameters": count_parameters(plain) if cell.recipe else workshop.dense.parameters,
         "bytes": serialised_bytes(model),
@@ -245,7 +257,10 @@ def _measure(cell: Cell, workshop: _Workshop, batches: PreparedImages) -> dict[s
         "top5": report.top5,
         "images": report.images,
         "skipped": report.skipped,
-        "seconds": {"build": seconds, "evaluation": time.perf_counter() - start},
+        "seconds": {
+            "build": result.report["seconds"]["build"] if result else 0.0,
+            "evaluation": time.perf_counter() - start,
+        },
         "failed": None,
         "final": True,
     }

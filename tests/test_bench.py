@@ -308,3 +308,22 @@ def test_sizes_that_are_no_numbers_are_refused(digits_model, digits_data, tmp_pa
     shown = subprocess.run(command, capture_output=True, text=True)
     assert shown.returncode == 1
     assert shown.stderr.strip().splitlines()[-1].startswith("Error: --sizes '0.2;0.4' are not numbers")
+
+
+@pytest.mark.slow
+def test_trials_change_one_constant_and_are_not_run_twice(digits_model, digits_data, tmp_path):
+    def trials():
+        return subprocess.run(
+            [
+                *(sys.executable, str(SCRIPTS / "bench_trials.py"), str(digits_model)),
+                *("--calibration", str(digits_data.calibration), "--samples", "64", "--reduction", "0.8"),
+                *("--trials", "closed form; closed form, no bypass", "--output", str(tmp_path)),
+            ],
+            check=True,
+        )
+
+    trials()
+    rows = json.loads((tmp_path / "trials.json").read_text())
+    assert rows["closed form, −80 %"]["divergence"] != rows["closed form, no bypass, −80 %"]["divergence"]
+    trials()
+    assert json.loads((tmp_path / "trials.json").read_text()) == rows

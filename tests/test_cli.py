@@ -133,3 +133,41 @@ def test_compressing_a_compressed_checkpoint_is_refused(compressed, digits_data,
 def test_missing_calibration_is_one_sentence(digits_model, tmp_path):
     options = ("--calibration", tmp_path / "nothing.parquet", "--reduction", 0.5, "--output", tmp_path / "out")
     assert "nothing.parquet" in sentence(run("compress", digits_model, *options))
+
+
+def test_another_preset_has_the_same_format_and_budget(digits_model, digits_data, tmp_path):
+    output = tmp_path / "out"
+    done = run(
+        "compress", digits_model, "--calibration", digits_data.calibration, "--samples", 64, "--reduction", 0.4,
+        "--preset", "svd-llm", "--output", output, "--quiet",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads((output / "compression.json").read_text())
+    assert record["parameters"] <= 0.6 * record["dense_parameters"]
+    assert record["recipe"]["compensation"] == "none"
+    assert "preset `svd-llm`" in (output / "README.md").read_text()
+
+
+def test_a_preset_that_is_not_there_names_those_that_are(digits_model, digits_data, tmp_path):
+    done = run(
+        "compress", digits_model, "--calibration", digits_data.calibration, "--reduction", 0.4, "--preset", "pca",
+        "--output", tmp_path / "out",
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "svd-llm" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_distillation_by_smoke(digits_model, digits_data, tmp_path):
+    output = tmp_path / "out"
+    done = run(
+        "compress", digits_model, "--calibration", digits_data.calibration, "--reduction", 0.8,
+        "--compensation", "distill", "--labels", "--smoke", "--output", output,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    record = json.loads((output / "compression.json").read_text())
+    assert record["recipe"]["distill_epochs"] == 1
+    assert len(record["distillation"]["curve"]) > 1
+    assert "before and after distillation" in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing is left of the run

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_vit_lowrank.errors import UserError
-from hf_vit_lowrank.recipe import COMPENSATIONS, CompressionRecipe
+from hf_vit_lowrank.presets import PRESETS as BUILDERS
+from hf_vit_lowrank.recipe import COMPENSATIONS, OURS, PRESETS, CompressionRecipe
 
 
 @given(
@@ -33,11 +34,24 @@ def test_every_field_is_in_the_fingerprint():
     assert len(prints) == len(changes) + 1
 
 
+def test_every_preset_can_be_built_and_brings_its_own_compensation():
+    assert (OURS, *BUILDERS) == PRESETS
+    assert CompressionRecipe(reduction=0.5).compensation == "closed-form"
+    assert all(CompressionRecipe(reduction=0.5, preset=name).compensation == "none" for name in BUILDERS)
+
+
 @pytest.mark.parametrize(
     "values",
     [
         {},
         {"reduction": 0.5, "match": "a/b"},
+        {"reduction": 0.5, "preset": "pca"},
+        {"reduction": 0.5, "preset": "svd", "compensation": "closed-form"},
+        {"reduction": 0.5, "preset": "svd", "cost": "flops"},
+        {"reduction": 0.5, "labels": True},
+        {"min_agreement": 0.9, "compensation": "gradient"},
+        {"reduction": 0.5, "compensation": "distill", "distill_epochs": 0},
+        {"reduction": 0.5, "compensation": "distill", "distill_lr": 0.0},
         {"reduction": 1.0},
         {"reduction": -0.1},
         {"reduction": float("nan")},

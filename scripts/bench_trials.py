@@ -1,0 +1,101 @@
+"""Trials of the method, judged on calibration images that nothing is fitted on: what is built in, and what is not.
+
+A trial changes one constant. Writes trials.json and trials.md into OUTPUT; a finished trial is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import datasets
+import transformers
+import typer
+
+from hf_vit_lowrank.compress import TRAINING_SHARE, build, calibrate, held_back_agreement, held_back_divergence
+from hf_vit_lowrank.errors import RunError, UserError
+from hf_vit_lowrank.recipe import CompressionRecipe
+
+# Trial: compensation, and the constant that differs.
+TRIALS: dict[str, tuple[str, tuple[str, str, Any] | None]] = {
+    "closed form": ("closed-form", None),
+    "closed form, no bypass": ("closed-form", ("rank_plan", "BYPASS_ROUNDS", 0)),
+    "closed form, value-output x1": ("closed-form", ("candidates.block", "VALUE_OUTPUT_WEIGHT", 1.0)),
+    "closed form, value-output x3": ("closed-form", ("candidates.block", "VALUE_OUTPUT_WEIGHT", 3.0)),
+    "gradient": ("gradient", None),
+    "gradient, no random views": ("gradient", ("compress", "VIEWS", 0)),
+    "gradient, 1 pass": ("gradient", ("compensation.gradient", "EPOCHS", 1)),
+    "gradient, 8 passes": ("gradient", ("compensation.gradient", "EPOCHS", 8)),
+    "gradient, rate 1e-3": ("gradient", ("compensation.gradient", "LEARNING_RATE", 1e-3)),
+}
+
+
+def main(
+    source: Annotated[str, typer.Argument(help="Dense ViT or DeiT classifier: a hub id or a folder.")],
+    calibration: Annotated[str, typer.Option(help="Images; a tenth of them is held back to measure on.")],
+    output: Annotated[Path, typer.Option(help="Folder for trials.json and trials.md.")],
+    reduction: Annotated[float, typer.Option(help="Share of the parameters to remove.")] = 0.6,
+    trials: Annotated[str | None, typer.Option(help=f"Separated by semicolons, of: {'; '.join(TRIALS)}.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration images.", min=2)] = 1024,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda … (default: the best one here).")] = None,
+) -> None:
+    """Compress by variants of the method and show how far each is from the dense model on held-back images."""
+    chosen = [name.strip() for name in trials.split(";")] if trials else list(TRIALS)
+    if unknown := [name for name in chosen if name not in TRIALS]:
+        raise UserError(f"There is no trial '{unknown[0]}'; there are {'; '.join(TRIALS)}.")
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "trials.json"
+    rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    recipe = CompressionRecipe(reduction=reduction, samples=samples)
+    calibrated = calibrate(source, calibration, recipe, hold_back=TRAINING_SHARE, device=device)
+    for name in chosen:
+        key = f"{name}, −{100 * reduction:g} %"
+        if key not in rows:
+            compensation, change = TRIALS[name]
+            with _changed(change):
+                result = build(calibrated, replace(recipe, compensation=compensation))
+            rows[key] = {
+                "divergence": held_back_divergence(calibrated, result.model),
+                "agreement": 100 * held_back_agreement(calibrated, result.model),
+                "seconds": sum(result.report["seconds"].values()) - sum(calibrated.seconds.values()),
+            }
+            path.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (output / "trials.md").write_text(_table(rows), encoding="utf-8")
+    print(_table(rows))
+
+
+@contextmanager
+def _changed(change: tuple[str, str, Any] | None) -> Iterator[None]:
+    """One constant of the package with another value."""
+    if change is None:
+        yield
+        return
+    module, name, value = import_module(f"hf_vit_lowrank.{change[0]}"), *change[1:]
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def _table(rows: dict[str, Any]) -> str:
+    lines = ["| trial | KL to dense, nats | agreement % | seconds |", "|---|---:|---:|---:|"]
+    for name, row in rows.items():
+        lines.append(f"| {name} | {row['divergence']:.3f} | {row['agreement']:.1f} | {row['seconds']:.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    try:
+        typer.run(main)
+    except (UserError, RunError) as error:
+        sys.exit(f"Error: {error}")
