@@ -29,7 +29,7 @@ def check_quantisers() -> None:
 
 
 def quantise(model: _Model, kind: str) -> _Model:
-    """A copy of a float32 model with every `nn.Linear`, classifier included, replaced; arithmetic stays in float32.
+    """A copy of a float32 model with its `nn.Linear`s, classifier included, replaced; arithmetic stays in float32.
 
     kind:
         "int8": torchao's Int8WeightOnlyConfig, symmetric, one float32 scale for each output.
@@ -53,8 +53,12 @@ def serialised_bytes(model: nn.Module) -> int:
 
 def _int8(model: nn.Module) -> None:
     torchao: Any = import_module("torchao.quantization")
-    # Without the inductor's settings, which are global.
-    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(set_inductor_config=False))
+    torchao.quantize_(
+        model,
+        torchao.Int8WeightOnlyConfig(set_inductor_config=False),  # which would be set for the whole process
+        # torchao 0.18 fails on weights with a single input or output, those of a bypass of rank 1.
+        filter_fn=lambda module, name: isinstance(module, nn.Linear) and min(module.weight.shape) > 1,
+    )
 
 
 def _hqq4(model: nn.Module) -> None:
