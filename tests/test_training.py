@@ -53,9 +53,9 @@ def test_training_block_by_block_brings_the_model_nearer_to_the_dense_one(calibr
     assert all(block["after"] < block["before"] for block in report["blocks"] if block["kept"])
 
 
-def test_distillation_brings_it_nearer_still(calibrated, closed_form, distilled):
+def test_distillation_brings_it_nearer_still(calibrated, trained, distilled):
     record = distilled.report["distillation"]
-    before, after = (held_back_divergence(calibrated, one.model) for one in (closed_form, distilled))
+    before, after = (held_back_divergence(calibrated, one.model) for one in (trained, distilled))
     assert record["kept"]
     assert after < before
     assert record["after"] == pytest.approx(after, rel=0.05, abs=0.01)  # bfloat16, and the images cut down a little
@@ -81,10 +81,10 @@ def test_a_block_that_training_makes_worse_stays_as_it_was(calibrated, monkeypat
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_distillation_that_only_harms_leaves_the_start(calibrated, closed_form):
+def test_distillation_that_only_harms_leaves_the_start(calibrated, trained):
     result = build(calibrated, replace(DISTILL, distill_epochs=1, distill_lr=100.0))
     assert not result.report["distillation"]["kept"]
-    start = closed_form.model.state_dict()
+    start = trained.model.state_dict()
     assert all(torch.equal(tensor, start[name]) for name, tensor in result.model.state_dict().items())
 
 
