@@ -19,7 +19,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from .charts import bytes_chart, methods_chart
-from .compress import TRAINED, TRAINING_SHARE, Calibrated, CompressionResult, build, calibrate
+from .compress import Calibrated, CompressionResult, build, calibrate, training_share
 from .dense import DenseSource, load_dense
 from .errors import UserError, reason
 from .evaluation import count_flops, count_parameters, evaluate_classifier, pick_device
@@ -164,7 +164,7 @@ class _Workshop:
 
     def calibrated(self, recipe: CompressionRecipe) -> Calibrated:
         """As `compress` would for this recipe: whoever trains holds some of the images back, nobody else loses them."""
-        share = _held_back(recipe)
+        share = training_share(recipe)
         if self._calibrated is None or self._calibrated[0] != share:
             self._calibrated = None  # gives its memory back before the next is made
             device = str(self.dense.model.device)
@@ -200,15 +200,11 @@ class _Workshop:
         (self.cards / name).write_text(model_card({**record, "evaluation": evaluation}), encoding="utf-8")
 
 
-def _held_back(recipe: CompressionRecipe) -> float:
-    return TRAINING_SHARE if recipe.compensation in TRAINED else 0.0
-
-
 def _measure_all(
     workshop: _Workshop, batches: PreparedImages, cells: Sequence[Cell], store: _Store, say: Callable[[str], None]
 ) -> None:
     # Those that need the same calibration one after the other, the dense model first.
-    ordered = sorted(cells, key=lambda cell: _held_back(cell.recipe) if cell.recipe else -1.0)
+    ordered = sorted(cells, key=lambda cell: training_share(cell.recipe) if cell.recipe else -1.0)
     for number, cell in enumerate(ordered, 1):
         calibrated = workshop.calibrated(cell.recipe) if cell.recipe else None
         try:

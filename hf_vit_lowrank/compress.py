@@ -133,13 +133,18 @@ def compress(
         RunError: the calibration data were empty or the model overflows on them.
     """
     measured = recipe.min_agreement is not None
-    share = AGREEMENT_SHARE if measured else TRAINING_SHARE if recipe.compensation in TRAINED else 0.0
+    share = AGREEMENT_SHARE if measured else training_share(recipe)
     calibrated = calibrate(
         source, calibration, recipe, hold_back=share, revision=revision, allow_pickle=allow_pickle, device=device
     )
     if measured:
         return _smallest_agreeing(calibrated, recipe)
     return build(calibrated, recipe, run_folder=run_folder)
+
+
+def training_share(recipe: CompressionRecipe) -> float:
+    """Share of the calibration images that a recipe holds back to decide what training may keep; 0 without training."""
+    return TRAINING_SHARE if recipe.compensation in TRAINED else 0.0
 
 
 def plan(

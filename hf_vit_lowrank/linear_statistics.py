@@ -15,7 +15,7 @@ from torch import Tensor
 from .errors import RunError
 from .remote.configuration_lowrank_vit import FACTORABLE
 from .remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification, merge_heads, split_heads
-from .statistics import Moments
+from .statistics import Moments, drawn_label_loss
 
 
 @dataclass
@@ -123,8 +123,7 @@ def _traced_backward(
     logits = model.classify(model.vit.norm(stream))[0]
     if not torch.isfinite(logits).all():
         raise RunError("The logits are not finite: the source model overflows on these images.")
-    drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
-    loss = torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+    loss = drawn_label_loss(logits, generator)
     gradients = iter(torch.autograd.grad(loss, [trace.outputs[name] for trace in traces for name in FACTORABLE]))
     return traces, ({name: next(gradients) for name in FACTORABLE} for _ in traces)
 

@@ -194,14 +194,22 @@ def _traced_backward(
             stream = trace.after_mlp
     _require_finite([trace.after_mlp for trace in traces], "activations")
     logits = model.classify(model.vit.norm(stream))[0].float()
-    drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
-    loss = torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+    loss = drawn_label_loss(logits, generator)
     watched = [t for trace in traces for t in (trace.scores, trace.after_attention, trace.after_mlp)]
     gradients = torch.autograd.grad(loss, watched)
     _require_finite(gradients[2::3], "gradients")
     for layer, trace in enumerate(traces):
         trace.gradients = gradients[3 * layer : 3 * layer + 3]
         yield trace
+
+
+def drawn_label_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Cross-entropy, summed over images, against labels drawn from the prediction itself; logits (images, classes).
+
+    The second moments of its gradients are the true Fisher information, for which no labels are needed.
+    """
+    drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
+    return torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
 
 
 def _require_finite(per_block: Sequence[Tensor], what: str) -> None:

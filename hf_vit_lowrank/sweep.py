@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .charts import size_chart
-from .compress import AGREEMENT_SHARE, TRAINED, TRAINING_SHARE, Calibrated, build, calibrate, held_back_agreement
+from .compress import AGREEMENT_SHARE, Calibrated, build, calibrate, held_back_agreement, training_share
 from .errors import UserError
 from .evaluation import count_flops, evaluate_classifier
 from .images import ImageStream
@@ -48,8 +48,7 @@ def sweep(
     """
     if not reductions:
         raise UserError("A sweep needs at least one reduction.")
-    trained = recipe.compensation in TRAINED
-    hold_back = TRAINING_SHARE if trained else AGREEMENT_SHARE if dataset is None else 0.0
+    hold_back = training_share(recipe) or (AGREEMENT_SHARE if dataset is None else 0.0)
     calibrated = calibrate(
         source,
         calibration,

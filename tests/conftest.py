@@ -24,6 +24,20 @@ class DigitsData(NamedTuple):
     validation: Path  # 500 others
 
 
+def random_model(spread: float, **sizes: int):
+    """A small model at full rank whose parameters are all normal with this standard deviation; the same each time."""
+    import torch
+
+    from hf_vit_lowrank.remote.configuration_lowrank_vit import LowRankViTConfig
+    from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification
+
+    torch.manual_seed(0)
+    model = LowRankViTForImageClassification(LowRankViTConfig(num_hidden_layers=2, patch_size=4, **sizes)).eval()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, spread)
+    return model.requires_grad_(False)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_caches() -> Iterator[None]:
     yield

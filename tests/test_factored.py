@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_vit_lowrank.candidates.factored import bias_change, factored_candidate
 from hf_vit_lowrank.errors import RunError
 from hf_vit_lowrank.linear_statistics import collect_linear_statistics, traced_linears, whole_weights
-from hf_vit_lowrank.remote.configuration_lowrank_vit import LowRankViTConfig
-from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification
 
 
 def random_metric(generator: torch.Generator, size: int, rank: int) -> torch.Tensor:
@@ -82,15 +81,7 @@ def test_covariance_with_the_mean_in_the_bias_is_the_least_squares_fit_of_the_ou
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LowRankViTConfig(
-        hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=10, image_size=8, patch_size=4,
-        num_labels=4,
-    )  # fmt: skip
-    model = LowRankViTForImageClassification(config).eval()
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.4)
-    return model.requires_grad_(False)
+    return random_model(0.4, hidden_size=12, num_attention_heads=3, intermediate_size=10, image_size=8, num_labels=4)
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -14,13 +15,13 @@ from hf_vit_lowrank import progress
 from hf_vit_lowrank.allocation import ErrorCurve, ImpossibleBudgetError, energy_greedy
 from hf_vit_lowrank.checkpoint import load_checkpoint, save_checkpoint
 from hf_vit_lowrank.errors import UserError
+from hf_vit_lowrank.evaluation import count_parameters
 from hf_vit_lowrank.images import load_image_processor
 from hf_vit_lowrank.linear_statistics import traced_linears, whole_weights
 from hf_vit_lowrank.presets import PRESETS
-from hf_vit_lowrank.presets.factored import all_candidates, factored_parameters, linear_of, parameters, uniform_ranks
+from hf_vit_lowrank.presets.factored import all_candidates, factored_parameters, linear_of, uniform_ranks
 from hf_vit_lowrank.presets.inputs import PresetInputs
 from hf_vit_lowrank.presets.paper import _second_moment, paper_ranks, second_tensor
-from hf_vit_lowrank.remote.configuration_lowrank_vit import LowRankViTConfig
 from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification
 
 NAMES = ("svd", "fwsvd", "asvd", "svd-llm", "svd-llm-blockwise", "afm", "kfac-svd", "flar-svd", "paper")
@@ -34,21 +35,14 @@ def _quiet():
 
 @pytest.fixture(scope="module")
 def inputs() -> PresetInputs:
-    torch.manual_seed(0)
-    config = LowRankViTConfig(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=96, image_size=16, patch_size=4,
-        num_labels=5,
-    )  # fmt: skip
-    model = LowRankViTForImageClassification(config).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.normal_(0, 0.15)
+    model = random_model(0.15, hidden_size=48, num_attention_heads=3, intermediate_size=96, image_size=16, num_labels=5)
     pixels = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(1)) + 1.0
     return PresetInputs(model, list(model.vit.embeddings(pixels).split(16)), [], seed=0)
 
 
 @pytest.fixture(scope="module")
 def limit(inputs: PresetInputs) -> int:
-    return int(0.7 * parameters(inputs.model))
+    return int(0.7 * count_parameters(inputs.model))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +67,7 @@ def logits(model, embeddings):
 def test_limit_is_kept_and_nearly_used(models, limit, name):
     small = models[name]
     assert not small.training
-    assert 0.95 * limit < parameters(small) <= limit
+    assert 0.95 * limit < count_parameters(small) <= limit
     assert any(small.config.factor_ranks)
 
 
@@ -87,7 +81,7 @@ def test_what_is_not_a_block_weight_stays(inputs, models, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_limit_of_the_dense_model_leaves_it_as_it_is(inputs, name):
-    same = PRESETS[name](inputs, parameters(inputs.model))
+    same = PRESETS[name](inputs, count_parameters(inputs.model))
     assert not any(same.config.factor_ranks)
     assert torch.equal(logits(same, inputs.embeddings[0]), logits(inputs.model, inputs.embeddings[0]))
 
@@ -98,7 +92,7 @@ def test_unreachable_limit_says_what_can_be_reached(inputs, name):
         PRESETS[name](inputs, 1000)
     smallest = int(str(raised.value).split("still has ")[1].split(";")[0].replace(",", ""))
     if name not in ("flar-svd", "paper"):  # these take longer
-        assert parameters(PRESETS[name](inputs, smallest)) == smallest
+        assert count_parameters(PRESETS[name](inputs, smallest)) == smallest
 
 
 def expected_metric(inputs: PresetInputs, preset: str, x: torch.Tensor, fisher: torch.Tensor) -> torch.Tensor:
@@ -136,7 +130,7 @@ def test_uniform_ranks_are_the_largest_of_one_ratio(inputs, limit):
     assert ranks[0]["query"] / 24 == pytest.approx(ranks[0]["up"] / 32, abs=1 / 24)
     assert factored_parameters(inputs.model, ranks) <= limit
     small = PRESETS["svd"](inputs, limit)
-    assert parameters(small) == factored_parameters(inputs.model, ranks)
+    assert count_parameters(small) == factored_parameters(inputs.model, ranks)
     larger = [{name: rank + 1 for name, rank in own.items()} for own in ranks]
     assert factored_parameters(inputs.model, larger) > limit
 
@@ -164,7 +158,7 @@ def test_means_are_folded(inputs, models):
 def test_kfac_predicts_what_its_metric_says_and_moves_ranks_to_where_they_count(inputs, models):
     small, images = models["kfac-svd"], 40
     ranks = small.config.factor_ranks
-    uniform = uniform_ranks(inputs.model, parameters(small))
+    uniform = uniform_ranks(inputs.model, count_parameters(small))
 
     def predicted(layer: int, name: str, rank: int | None) -> float:
         weight = whole_weights(inputs.model.vit.blocks[layer])[name].double()

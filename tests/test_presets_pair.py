@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import random_model
 
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.evaluation import count_parameters
@@ -17,8 +18,6 @@ from hf_vit_lowrank.presets.modegpt import ENTROPY_WEIGHT, layer_shares, leverag
 from hf_vit_lowrank.presets.pair_form import best, dense_traces, largest_config, sparse_config
 from hf_vit_lowrank.presets.pruning import gated_block, magnitude, magnitude_scores, taylor, taylor_scores
 from hf_vit_lowrank.rank_plan import plan_cost
-from hf_vit_lowrank.remote.configuration_lowrank_vit import LowRankViTConfig
-from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification
 from hf_vit_lowrank.statistics import Moments, collect_statistics
 
 PRESETS = [corp, modegpt, magnitude, taylor]
@@ -27,14 +26,7 @@ PRESETS = [corp, modegpt, magnitude, taylor]
 @pytest.fixture(scope="module")
 def inputs() -> Any:
     """Stands in for PresetInputs: a random model of two layers and 24 images in two batches."""
-    torch.manual_seed(0)
-    config = LowRankViTConfig(
-        hidden_size=12, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, image_size=8, patch_size=4,
-        num_labels=5,
-    )  # fmt: skip
-    model = LowRankViTForImageClassification(config).eval().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.normal_(0, 0.3)
+    model = random_model(0.3, hidden_size=12, num_attention_heads=2, intermediate_size=20, image_size=8, num_labels=5)
     pixels = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     embeddings = list(model.vit.embeddings(pixels).split(16))
     return SimpleNamespace(

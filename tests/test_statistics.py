@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import random_model
 
 from hf_vit_lowrank.errors import RunError
-from hf_vit_lowrank.remote.configuration_lowrank_vit import LowRankViTConfig
-from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification
 from hf_vit_lowrank.statistics import (
     SMALLEST_TOKEN_WEIGHT,
     Moments,
@@ -19,15 +18,7 @@ from hf_vit_lowrank.statistics import (
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LowRankViTConfig(
-        hidden_size=12, num_hidden_layers=2, num_attention_heads=3, intermediate_size=10, image_size=8, patch_size=4,
-        num_labels=4,
-    )  # fmt: skip
-    model = LowRankViTForImageClassification(config).eval()
-    for parameter in model.parameters():
-        parameter.data.normal_(0, 0.4)
-    return model.requires_grad_(False)
+    return random_model(0.4, hidden_size=12, num_attention_heads=3, intermediate_size=10, image_size=8, num_labels=4)
 
 
 @pytest.fixture(scope="module")

@@ -15,20 +15,20 @@ from torch import Tensor, nn
 from ..allocation import ErrorCurve, ImpossibleBudgetError, allocate
 from ..candidates.factored import FactoredCandidate, bias_change, factored_candidate
 from ..errors import UserError
+from ..evaluation import count_parameters
 from ..linear_statistics import LinearStatistics, traced_linears, whole_weights
 from ..progress import track
 from ..remote.configuration_lowrank_vit import LowRankViTConfig
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
 from ..statistics import Moments
 from ..surgery import set_linear
+from .bisection import last_that_fits
 
 if TYPE_CHECKING:
     from .inputs import PresetInputs
 
 # Per layer, the rank of each factored weight by name, as in the configuration: a weight that is not named is whole.
 FactorRanks = list[dict[str, int]]
-# Halvings of the interval of shares; more than the bits of a float64, so that no rank is missed.
-BISECTIONS = 60
 ASVD_ALPHA = 0.5
 # Share of its mean diagonal that is added to Γ, which has no full rank where only the class tokens have gradients.
 KFAC_DAMPING = 1e-3
@@ -124,14 +124,14 @@ def kfac_svd(inputs: PresetInputs, limit: int) -> LowRankViTForImageClassificati
         UserError: the limit cannot be reached.
     """
     dense = inputs.model
-    if limit >= parameters(dense):
+    if limit >= count_parameters(dense):
         return factored_model(dense, whole_ranks(dense))
     candidates = all_candidates(
         inputs, lambda statistics: (_damped(statistics.gradient), statistics.inputs.covariance())
     )
     names = [(layer, name) for layer, of_block in enumerate(candidates) for name in of_block]
     curves = [_loss_curve(candidates[layer][name], inputs.linear_statistics[layer][name]) for layer, name in names]
-    fixed = parameters(dense) - sum(
+    fixed = count_parameters(dense) - sum(
         weight.numel() for block in _blocks(dense) for weight in whole_weights(block).values()
     )
     try:
@@ -165,14 +165,9 @@ def largest_rank(outputs: int, inputs: int) -> int:
     return (outputs * inputs - 1) // (outputs + inputs)
 
 
-def parameters(model: nn.Module) -> int:
-    """All of a model's."""
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
 def factored_parameters(dense: LowRankViTForImageClassification, ranks: FactorRanks) -> int:
     """What `dense` has with these ranks."""
-    total = parameters(dense)
+    total = count_parameters(dense)
     for block, own in zip(_blocks(dense), ranks, strict=True):
         weights = whole_weights(block)
         total += sum(rank * sum(weights[name].shape) - weights[name].numel() for name, rank in own.items())
@@ -222,16 +217,12 @@ def scaled_ranks(
     smallest = factored_parameters(dense, at(0.0))
     if smallest > limit:
         raise unreachable(limit, smallest)
-    fits, too_large = 0.0, max((largest + 1) / share for own in wanted for share, largest in own.values())
-    if factored_parameters(dense, at(too_large)) <= limit:
-        return at(too_large)
-    for _ in range(BISECTIONS):
-        middle = (fits + too_large) / 2
-        if factored_parameters(dense, at(middle)) <= limit:
-            fits = middle
-        else:
-            too_large = middle
-    return at(fits)
+
+    def fits(scale: float) -> bool:
+        return factored_parameters(dense, at(scale)) <= limit
+
+    whole = max((largest + 1) / share for own in wanted for share, largest in own.values())
+    return at(whole if fits(whole) else last_that_fits(fits, 0.0, whole))
 
 
 def unreachable(limit: int, smallest: int) -> UserError:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from ..candidates.factored import FactoredCandidate
+from ..evaluation import count_parameters
 from ..linear_statistics import LinearStatistics, whole_weights
 from ..progress import track
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
-from .factored import all_candidates, factored_model, largest_rank, parameters, scaled_ranks, uniform_ranks, whole_ranks
+from .factored import all_candidates, factored_model, largest_rank, scaled_ranks, uniform_ranks, whole_ranks
 
 if TYPE_CHECKING:
     from .inputs import PresetInputs
@@ -37,7 +38,7 @@ def flar_svd(inputs: PresetInputs, limit: int) -> LowRankViTForImageClassificati
         UserError: the limit cannot be reached.
     """
     dense = inputs.model
-    if limit >= parameters(dense):
+    if limit >= count_parameters(dense):
         return factored_model(dense, whole_ranks(dense))
     candidates = all_candidates(inputs, _whitened)
     embeddings = torch.cat(inputs.embeddings)[:SEARCH_IMAGES].to(dense.device)

@@ -20,9 +20,7 @@ from ..remote.modeling_lowrank_vit import (
     split_heads,
 )
 from ..surgery import set_linear
-
-# Halvings of the interval of strengths; more than the bits of a float64, so that no size is missed.
-BISECTIONS = 60
+from .bisection import last_that_fits
 
 
 def largest_config(limit: int, at: Callable[[float], LowRankViTConfig]) -> LowRankViTConfig:
@@ -41,14 +39,7 @@ def largest_config(limit: int, at: Callable[[float], LowRankViTConfig]) -> LowRa
             f"At most {limit:,} parameters cannot be reached by this preset: with its smallest sizes this model still "
             f"has {smallest:,}; ask for at least that."
         )
-    too_large, fits = 0.0, 1.0
-    for _ in range(BISECTIONS):
-        middle = (too_large + fits) / 2
-        if plan_cost(at(middle), "parameters") <= limit:
-            fits = middle
-        else:
-            too_large = middle
-    return at(fits)
+    return at(last_that_fits(lambda strength: plan_cost(at(strength), "parameters") <= limit, 1.0, 0.0))
 
 
 def sparse_config(

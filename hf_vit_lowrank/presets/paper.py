@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..allocation import ErrorCurve, ImpossibleBudgetError, energy_greedy
 from ..candidates.factored import FactoredCandidate
+from ..evaluation import count_parameters
 from ..linear_statistics import LinearStatistics, whole_weights
 from ..progress import track
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
@@ -18,7 +19,6 @@ from .factored import (
     all_candidates,
     factored_model,
     largest_rank,
-    parameters,
     set_factors,
     unreachable,
     whole_ranks,
@@ -52,7 +52,7 @@ def paper(inputs: PresetInputs, limit: int) -> LowRankViTForImageClassification:
         UserError: the limit cannot be reached.
     """
     dense = inputs.model
-    if limit >= parameters(dense):
+    if limit >= count_parameters(dense):
         return factored_model(dense, whole_ranks(dense))
     candidates = all_candidates(inputs, _second_moment)
     first, second = paper_ranks(dense, candidates, limit)
@@ -67,7 +67,7 @@ def paper_ranks(
 ) -> tuple[FactorRanks, FactorRanks]:
     """The ranks r of all BA and q of all GY."""
     second: FactorRanks = whole_ranks(dense)
-    curves, names, fixed = [], [], parameters(dense)
+    curves, names, fixed = [], [], count_parameters(dense)
     for layer, own in enumerate(candidates):
         for name, candidate in own.items():
             outputs, inputs = len(candidate.expand), candidate.reduce.shape[1]

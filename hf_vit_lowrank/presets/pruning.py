@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..remote.configuration_lowrank_vit import LowRankViTConfig
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification, merge_heads
+from ..statistics import drawn_label_loss
 from ..surgery import resized
 from .pair_form import (
     best,
@@ -119,8 +120,7 @@ def _gate_gradients(
         gates += own
         stream = gated_block(block, stream, *own)
     logits = model.classify(model.vit.norm(stream))[0]
-    drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
-    loss = torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+    loss = drawn_label_loss(logits, generator)
     return torch.autograd.grad(loss, gates)
 
 

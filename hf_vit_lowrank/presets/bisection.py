@@ -1,0 +1,19 @@
+"""The largest model of a family that a limit allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+# More than the bits of a float64, so that no size is missed.
+HALVINGS = 60
+
+
+def last_that_fits(fits: Callable[[float], bool], inside: float, outside: float) -> float:
+    """The value nearest to `outside`, which does not fit, that does, as `inside` does; between them it changes once."""
+    for _ in range(HALVINGS):
+        middle = (inside + outside) / 2
+        if fits(middle):
+            inside = middle
+        else:
+            outside = middle
+    return inside
