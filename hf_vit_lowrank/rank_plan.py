@@ -52,33 +52,38 @@ def choose_ranks(
         ImpossibleBudgetError: the smallest sizes cost more.
     """
     per_block = [block.curves(cost, query_key_weight) for block, cost in zip(candidates, costs, strict=True)]
-    best = _plan(candidates, per_block, [[*curves, _NO_BYPASS] for curves in per_block], budget)
-    plan = best
-    for _ in range(BYPASS_ROUNDS):
-        blocks = zip(candidates, per_block, costs, plan.mlp_widths, strict=True)
-        offered = [[*curves, block.bypass_curve(width, cost)] for block, curves, cost, width in blocks]
-        plan = _plan(candidates, per_block, offered, budget)
-        if plan.predicted_loss < best.predicted_loss:
-            best = plan
-    return best
+    bypasses, plans = [_NO_BYPASS] * len(per_block), []
+    for _ in range(BYPASS_ROUNDS + 1):
+        pieces = _allocated(per_block, bypasses, budget)
+        bypasses = [
+            block.bypass_curve(own[-2], cost) for block, cost, own in zip(candidates, costs, pieces, strict=True)
+        ]
+        plans.append(_plan(candidates, per_block, bypasses, pieces))
+    return min(plans, key=lambda plan: plan.predicted_loss)
+
+
+def _allocated(
+    per_block: Sequence[Sequence[ErrorCurve]], bypasses: Sequence[ErrorCurve], budget: int
+) -> list[list[int]]:
+    """Per block the sizes of its curves, then the rank of its bypass."""
+    offered = [[*curves, bypass] for curves, bypass in zip(per_block, bypasses, strict=True)]
+    sizes = iter(allocate([curve for block in offered for curve in block], budget))
+    return [[next(sizes) for _ in block] for block in offered]
 
 
 def _plan(
     candidates: Sequence[BlockCandidates],
     per_block: Sequence[Sequence[ErrorCurve]],
-    offered: Sequence[Sequence[ErrorCurve]],
-    budget: int,
+    bypasses: Sequence[ErrorCurve],
+    pieces: Sequence[Sequence[int]],
 ) -> RankPlan:
-    """Allocate among `offered`: per block the curves of `per_block` and then a bypass's."""
-    sizes = iter(allocate([curve for block in offered for curve in block], budget))
-    pieces = [[next(sizes) for _ in block] for block in offered]
+    """bypasses: the curves that go with the widths of this very plan."""
     loss = 0.0
-    for block, curves, own in zip(candidates, per_block, pieces, strict=True):
+    for curves, bypass, own in zip(per_block, bypasses, pieces, strict=True):
         loss += sum(float(curve.errors[size]) for curve, size in zip(curves, own[:-1], strict=True))
-        if own[-1]:  # at the width that came with it
-            loss -= 0.5 * float(block.bypass(own[-2]).gains[: own[-1]].sum())
+        loss -= float(bypass.errors[0] - bypass.errors[min(own[-1], bypass.largest)])
     return RankPlan(
-        query_key_ranks=[own[:-3] for own in pieces],
+        query_key_ranks=[list(own[:-3]) for own in pieces],
         value_output_ranks=[
             candidate.value_output.head_ranks(own[-3]) for candidate, own in zip(candidates, pieces, strict=True)
         ],
