@@ -35,11 +35,8 @@ class RandomViews:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batch(self, indices: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
-        """One random view of each image named: float32 (images, channels, height, width).
-
-        generator: of the randomness; None takes torch's own.
-        """
+    def batch(self, indices: Sequence[int], generator: torch.Generator) -> Tensor:
+        """One random view of each image named: float32 (images, channels, height, width)."""
         views = [self._view(self.images[index], generator) for index in indices]
         options = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
         return self.image_processor(images=views, **options)["pixel_values"]
@@ -49,7 +46,7 @@ class RandomViews:
         images = [self.images[index] for index in indices]
         return self.image_processor(images=images, return_tensors="pt")["pixel_values"]
 
-    def _view(self, image: Image.Image, generator: torch.Generator | None) -> Image.Image:
+    def _view(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
         area, shape, left, top, flip = torch.rand(5, generator=generator).tolist()
         width, height = image.size
         ratio = math.exp(math.log(CROP_RATIO[0]) + shape * (math.log(CROP_RATIO[1]) - math.log(CROP_RATIO[0])))

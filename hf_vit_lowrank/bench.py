@@ -27,6 +27,7 @@ from .images import ImageStream, PixelBatch, pixel_batches
 from .model_card import model_card
 from .quantised import LIBRARIES, check_quantisers, quantise, serialised_bytes
 from .recipe import OURS, PRESETS, CompressionRecipe
+from .run_folder import RunFolder
 
 DENSE = "dense"
 _FORMAT = 1
@@ -151,13 +152,13 @@ class _Workshop:
     """Makes the models of all cells. What the images tell is collected when it is first needed.
 
     known: hashes of the calibration images that finished cells were made with.
-    output: where a training keeps its checkpoints until its model has been measured, and where cards go.
+    output: where a build keeps its finished stages until its model has been measured, and where cards go.
     """
 
     def __init__(
         self, source: str, dense: DenseSource, calibration: ImageStream, known: set[str], output: Path
     ) -> None:
-        self.dense, self.training, self.cards = dense, output / "training", output / "cards"
+        self.dense, self.runs, self.cards = dense, output / "runs", output / "cards"
         self._source, self._calibration, self._known = source, calibration, known
         self._calibrated: tuple[float, Calibrated] | None = None
         self._built: tuple[CompressionRecipe, CompressionResult] | None = None
@@ -187,7 +188,9 @@ class _Workshop:
             self._built = None
             calibrated = self.calibrated(recipe)
             start = time.perf_counter()
-            result = build(calibrated, recipe, run_folder=self.training / recipe.fingerprint())
+            run = RunFolder(self.runs / recipe.fingerprint())
+            run.require(weights_sha256=self.dense.weights_sha256, image_sha256=calibrated.calibration["sha256"])
+            result = build(calibrated, recipe, run=run)
             result.report["seconds"] = {"build": time.perf_counter() - start}
             torch.nn.Module.to(result.model, self.dense.model.device)
             self._built = recipe, result
@@ -220,11 +223,11 @@ def _measure_all(
         }
         store.write(cell, record)
         if cell.recipe and record["final"]:  # else the next call goes on from there
-            shutil.rmtree(workshop.training / cell.recipe.fingerprint(), ignore_errors=True)
+            shutil.rmtree(workshop.runs / cell.recipe.fingerprint(), ignore_errors=True)
         outcome = record["failed"] or f"top-1 {record['top1']:.2f} %"
         say(f"{number}/{len(cells)} {_title(cell.method, cell.quantised)} at {_removed(cell.size)}: {outcome}")
     with suppress(OSError):  # not there, or not empty
-        workshop.training.rmdir()
+        workshop.runs.rmdir()
 
 
 def _measure(cell: Cell, workshop: _Workshop, batches: PreparedImages) -> dict[str, Any]:

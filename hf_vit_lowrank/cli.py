@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
-import shutil
 import sys
 import traceback
 from collections.abc import Callable
@@ -104,6 +102,7 @@ BatchSize = Annotated[int, _option("Images at once.", min=1, **_RUN)]
 Device = Annotated[str | None, _option("cpu, cuda, mps … (default: the best one here).", **_RUN)]
 Output = Annotated[Path, _option("Folder to write.", show_default=False, **_RUN)]
 Overwrite = Annotated[bool, _option("Replace what an earlier run wrote to the folder.", "--overwrite", **_RUN)]
+Restart = Annotated[bool, _option("Throw away what an unfinished run left and begin anew.", "--restart", **_RUN)]
 Json = Annotated[Path | None, _option("Also write the figures to this file.", metavar="FILE", **_RUN)]
 Quiet = Annotated[bool, _option("Print nothing but warnings and errors.", "--quiet", "-q", **_RUN)]
 Debug = Annotated[bool, _option("Show the traceback of an error.", "--debug", **_RUN)]
@@ -142,7 +141,7 @@ def _verdict(error: BaseException) -> tuple[int, str]:
     if isinstance(error, RunError):
         return 1, f"Error: {error}"
     if isinstance(error, KeyboardInterrupt):
-        return 130, "Interrupted."
+        return 130, "Interrupted: give the same command again; compress then goes on where it was."
     return 1, f"Error: {type(error).__name__}: {reason(error)}; run again with --debug for the traceback."
 
 
@@ -199,13 +198,19 @@ def compress(
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
     overwrite: Overwrite = False,
+    restart: Restart = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Compress a checkpoint and save the result, which loads with trust_remote_code wherever transformers is."""
+    """Compress a checkpoint and save the result, which loads with trust_remote_code wherever transformers is.
+
+    Finished stages are kept in a hidden folder beside the output: a run that died goes on when its command is given
+    again.
+    """
     from . import tables
     from .checkpoint import check_target
-    from .compress import compress as run
+    from .compress import compress as compress_model
+    from .run_folder import RunFolder
 
     recipe = _recipe(
         reduction=reduction,
@@ -226,18 +231,20 @@ def compress(
     _refuse_source(output, source)
     check_target(output, 0, overwrite=overwrite)
     images = _calibration_images(calibration, config, split, image_column, recipe)
-    run_folder = _run_folder(output, recipe, source, images)
-    result = run(
+    run = RunFolder(output.absolute().parent / f".{output.name}.run")
+    if restart:
+        run.remove()
+    result = compress_model(
         source,
         images,
         recipe,
         revision=revision,
         allow_pickle=allow_pickle,
         device=device,
-        run_folder=run_folder,
+        run_folder=run.folder,
     )
     result.save_pretrained(output, overwrite=overwrite)
-    shutil.rmtree(run_folder, ignore_errors=True)
+    run.remove()
     if not quiet:
         tables.show_compression(result.report, output)
 
@@ -436,12 +443,6 @@ def _recipe(max_parameters: str | None = None, **fields: Any) -> CompressionReci
         raise UserError(f"Say how small by exactly one of {', '.join(targets)} (given: {', '.join(given) or 'none'}).")
     count = None if max_parameters is None else _parse_count(max_parameters)
     return CompressionRecipe(max_parameters=count, **fields)
-
-
-def _run_folder(output: Path, recipe: CompressionRecipe, source: str, images: ImageStream) -> Path:
-    """Hidden beside the output; the same command finds what it left there, another one does not."""
-    inputs = dumps([recipe.to_dict(), source, images.description], sort_keys=True)
-    return output.absolute().parent / f".{output.name}.run-{hashlib.sha256(inputs.encode()).hexdigest()[:12]}"
 
 
 def _parse_count(text: str) -> int:

@@ -36,8 +36,9 @@ from .rank_plan import RankPlan, budgeted_ranks, plan_cost
 from .recipe import OURS, CompressionRecipe
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
+from .run_folder import RunFolder
 from .statistics import BlockStatistics, collect_statistics
-from .surgery import shrink
+from .surgery import resized, shrink
 
 # Share of the calibration images held back: to measure agreement on, and to decide what training may keep.
 AGREEMENT_SHARE = 0.2
@@ -47,6 +48,7 @@ SMALLEST_STEP = 0.01
 # Random views of every calibration image beside the image itself, for training block by block.
 VIEWS = 2
 TRAINED = ("gradient", "distill")
+NOWHERE = RunFolder()
 
 
 @dataclass(frozen=True)
@@ -125,21 +127,30 @@ def compress(
 ) -> CompressionResult:
     """Compress a ViT/DeiT classifier (folder or hub id) by `recipe`, calibrated on images without labels.
 
-    calibration: where the images are (see `open_images`), or an opened stream. run_folder: where distillation keeps
-    its checkpoints, from which the same call goes on if it died; a folder that is deleted in the end if None.
+    calibration: where the images are (see `open_images`), or an opened stream. run_folder: where finished stages are
+    kept, from which the same call goes on if it died, with the same bits in the end; it is the caller's to delete.
+    None keeps nothing.
 
     Raises:
-        UserError: a source, data set or target that cannot be used.
+        UserError: a source, data set or target that cannot be used; a `run_folder` of a run with other inputs.
         RunError: the calibration data were empty or the model overflows on them.
     """
     measured = recipe.min_agreement is not None
     share = AGREEMENT_SHARE if measured else training_share(recipe)
+    run = RunFolder(run_folder)
     calibrated = calibrate(
-        source, calibration, recipe, hold_back=share, revision=revision, allow_pickle=allow_pickle, device=device
+        source,
+        calibration,
+        recipe,
+        hold_back=share,
+        revision=revision,
+        allow_pickle=allow_pickle,
+        device=device,
+        run=run,
     )
     if measured:
-        return _smallest_agreeing(calibrated, recipe)
-    return build(calibrated, recipe, run_folder=run_folder)
+        return _smallest_agreeing(calibrated, recipe, run)
+    return build(calibrated, recipe, run=run)
 
 
 def training_share(recipe: CompressionRecipe) -> float:
@@ -184,6 +195,7 @@ def calibrate(
     revision: str | None = None,
     allow_pickle: bool = False,
     device: str | None = None,
+    run: RunFolder = NOWHERE,
 ) -> Calibrated:
     """Everything that does not depend on the size: load, embed the images, collect statistics, draw the error curves.
 
@@ -198,43 +210,63 @@ def calibrate(
         torch.nn.Module.to(dense.model, pick_device(device))
         if recipe.min_agreement is None:
             _limit(dense, recipe)  # a model to match that cannot be read is found before the long work
+    run.require(
+        recipe=recipe.to_dict(),
+        source=_source(dense),
+        images=calibration.description,
+        versions=_versions(),
+        device=dense.model.device.type,
+    )
     with _timed(seconds, "images"):
         held_back: list[Tensor] = []
         fitting = _embed(dense, calibration, recipe.batch_size)
         if hold_back:
             fitting, held_back = _split(fitting, hold_back)
         expected = _logits(dense.model, held_back) if held_back else torch.empty(0)
+    run.require(image_sha256=calibration.sha256)
     with _timed(seconds, "statistics"):
-        batches = track(fitting, "Statistics", sum(map(len, fitting)), size=len)
-        half = dense.model.device.type == "cuda" and half_precision(dense.model.device)
-        precision = torch.bfloat16 if half else torch.float32
-        statistics = collect_statistics(dense.model, batches, recipe.seed, precision)
+        statistics = run.stage("statistics", lambda: _statistics(dense, fitting, recipe.seed))
     about = {**calibration.description, "images": sum(map(len, fitting + held_back)), "sha256": calibration.sha256}
     return Calibrated(
         dense, calibration, fitting, held_back, expected, statistics, about, seed=recipe.seed, seconds=seconds
     )
 
 
-def build(calibrated: Calibrated, recipe: CompressionRecipe, *, run_folder: Path | None = None) -> CompressionResult:
+def _statistics(dense: DenseSource, embeddings: list[Tensor], seed: int) -> list[BlockStatistics]:
+    batches = track(embeddings, "Statistics", sum(map(len, embeddings)), size=len)
+    half = dense.model.device.type == "cuda" and half_precision(dense.model.device)
+    return collect_statistics(dense.model, batches, seed, torch.bfloat16 if half else torch.float32)
+
+
+def build(calibrated: Calibrated, recipe: CompressionRecipe, *, run: RunFolder = NOWHERE) -> CompressionResult:
     """One size from what was calibrated; with training in the recipe some images must have been held back.
 
-    Raises UserError where the size cannot be reached.
+    run: where finished stages are kept. Raises UserError where the size cannot be reached.
     """
     dense = calibrated.dense
     seconds: dict[str, float] = {}
-    if recipe.preset == OURS:
-        ranks = _ranks(calibrated, recipe)
-        with _timed(seconds, "surgery"):
-            model = shrink(dense.model, calibrated.candidates, calibrated.statistics, ranks)
-        size = _planned_size(calibrated, ranks)
-    else:
-        with _timed(seconds, "surgery"):
-            model = PRESETS[recipe.preset](calibrated.presets, _limit(dense, recipe))
-        size = _built_size(model)
+    with _timed(seconds, "surgery"):
+        config, state, size = run.stage("surgery", lambda: _smaller(calibrated, recipe))
+        model = resized(dense.model, LowRankViTConfig.from_dict(config))
+        model.load_state_dict(state)
     report = _report(calibrated, recipe, size)
-    report.update(_compensate(calibrated, model, recipe, seconds, run_folder))
+    report.update(_compensate(calibrated, model, recipe, seconds, run))
     report["seconds"] = {**calibrated.seconds, **seconds}
     return CompressionResult(model.cpu(), dense.image_processor, report, dense.preprocessor_config)
+
+
+def _smaller(
+    calibrated: Calibrated, recipe: CompressionRecipe
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
+    """Configuration, weights and sizes of the smaller model, before any compensation."""
+    if recipe.preset == OURS:
+        ranks = _ranks(calibrated, recipe)
+        model = shrink(calibrated.dense.model, calibrated.candidates, calibrated.statistics, ranks)
+        size = _planned_size(calibrated, ranks)
+    else:
+        model = PRESETS[recipe.preset](calibrated.presets, _limit(calibrated.dense, recipe))
+        size = _built_size(model)
+    return model.config.to_dict(), model.state_dict(), size
 
 
 def _compensate(
@@ -242,7 +274,7 @@ def _compensate(
     model: LowRankViTForImageClassification,
     recipe: CompressionRecipe,
     seconds: dict[str, float],
-    run_folder: Path | None,
+    run: RunFolder,
 ) -> dict[str, Any]:
     """Repair `model` in place, each step of `recipe.compensation` from the one before; what to report of it."""
     report: dict[str, Any] = {}
@@ -252,14 +284,16 @@ def _compensate(
     if recipe.preset == OURS:
         shrunk = copy.deepcopy(model) if recipe.compensation in TRAINED else None
         with _timed(seconds, "compensation"):
-            drifts = compensate_closed_form(calibrated.dense.model, model, calibrated.statistics, calibrated.fitting)
+            drifts = compensate_closed_form(
+                calibrated.dense.model, model, calibrated.statistics, calibrated.fitting, run.part("closed-form")
+            )
         report["blocks"] = [asdict(drift) for drift in drifts]
     if recipe.compensation in TRAINED:
         with _timed(seconds, "gradient"):
-            report["gradient"] = _train_blocks(calibrated, model, shrunk, recipe)
+            report["gradient"] = _train_blocks(calibrated, model, shrunk, recipe, run.part("gradient"))
     if recipe.compensation == "distill":
         with _timed(seconds, "distillation"):
-            report["distillation"] = _distill(calibrated, model, recipe, run_folder)
+            report["distillation"] = _distill(calibrated, model, recipe, run.part("distillation"))
     return report
 
 
@@ -268,6 +302,7 @@ def _train_blocks(
     model: LowRankViTForImageClassification,
     shrunk: LowRankViTForImageClassification | None,
     recipe: CompressionRecipe,
+    run: RunFolder,
 ) -> dict[str, Any]:
     """Train block by block; `model` stays as it is where the whole is no better on held-back images.
 
@@ -279,6 +314,7 @@ def _train_blocks(
         *(calibrated.dense.model, trained, calibrated.statistics, embeddings, calibrated.held_back),
         refit=shrunk is not None,
         seed=recipe.seed,
+        run=run,
     )
     before, after = (held_back_divergence(calibrated, one) for one in (model, trained))
     if after < before:
@@ -307,7 +343,7 @@ def _distill(
     calibrated: Calibrated,
     model: LowRankViTForImageClassification,
     recipe: CompressionRecipe,
-    run_folder: Path | None,
+    run: RunFolder,
 ) -> dict[str, Any]:
     views, held_back = calibrated.views, sum(map(len, calibrated.held_back))
     with tempfile.TemporaryDirectory() as temporary:
@@ -321,7 +357,7 @@ def _distill(
             batch_size=recipe.batch_size,
             seed=recipe.seed,
             labels=_labels(calibrated) if recipe.labels else None,
-            folder=run_folder or Path(temporary),
+            folder=run.folder or Path(temporary),
         )
     return asdict(record)
 
@@ -359,12 +395,7 @@ def _report(calibrated: Calibrated, recipe: CompressionRecipe, size: dict[str, A
     dense = calibrated.dense
     return {
         "format": 1,
-        "source": {
-            "location": dense.location,
-            "revision": dense.revision,
-            "weights_sha256": dense.weights_sha256,
-            "parameters": dense.parameters,
-        },
+        "source": {**_source(dense), "parameters": dense.parameters},
         "recipe": recipe.to_dict(),
         "calibration": calibrated.calibration,
         "dense_parameters": dense.parameters,
@@ -372,8 +403,16 @@ def _report(calibrated: Calibrated, recipe: CompressionRecipe, size: dict[str, A
         **size,
         "reduction": 1 - size["parameters"] / dense.parameters,
         "seconds": dict(calibrated.seconds),
-        "versions": {name: version(name) for name in ("hf-vit-lowrank", "torch", "transformers")},
+        "versions": _versions(),
     }
+
+
+def _source(dense: DenseSource) -> dict[str, Any]:
+    return {"location": dense.location, "revision": dense.revision, "weights_sha256": dense.weights_sha256}
+
+
+def _versions() -> dict[str, str]:
+    return {name: version(name) for name in ("hf-vit-lowrank", "torch", "transformers")}
 
 
 def _planned_size(calibrated: Calibrated, ranks: RankPlan) -> dict[str, Any]:
@@ -428,13 +467,14 @@ def _split(embeddings: Sequence[Tensor], share: float) -> tuple[list[Tensor], li
     return list(images[:-held_back].split(size)), list(images[-held_back:].split(size))
 
 
-def _smallest_agreeing(calibrated: Calibrated, recipe: CompressionRecipe) -> CompressionResult:
+def _smallest_agreeing(calibrated: Calibrated, recipe: CompressionRecipe, run: RunFolder) -> CompressionResult:
     """The largest reduction, by bisection, whose model keeps `min_agreement` of the dense predictions held back."""
     trials: list[dict[str, float]] = []
     wanted = recipe.min_agreement or 1.0
 
     def attempt(reduction: float) -> tuple[CompressionResult, float]:
-        trial = build(calibrated, replace(recipe, reduction=reduction, min_agreement=None))
+        size = replace(recipe, reduction=reduction, min_agreement=None)
+        trial = build(calibrated, size, run=run.part(f"reduction-{reduction}"))
         agreement = held_back_agreement(calibrated, trial.model)
         trials.append({"reduction": reduction, "agreement": agreement})
         return trial, agreement

@@ -17,6 +17,7 @@ from hf_vit_lowrank.evaluation import count_parameters, evaluate_classifier
 from hf_vit_lowrank.images import open_images
 from hf_vit_lowrank.rank_plan import plan_cost
 from hf_vit_lowrank.recipe import CompressionRecipe
+from hf_vit_lowrank.run_folder import RunFolder
 from hf_vit_lowrank.sweep import sweep
 
 RECIPE = CompressionRecipe(reduction=0.5, samples=256)
@@ -75,7 +76,9 @@ def test_compensation_brings_the_stream_nearer(calibrated):
 
 def test_compensation_of_a_whole_model_does_no_harm(calibrated):
     model = build(calibrated, replace(RECIPE, reduction=0.0, compensation="none")).model
-    drifts = compensate_closed_form(calibrated.dense.model, model, calibrated.statistics, calibrated.fitting)
+    drifts = compensate_closed_form(
+        calibrated.dense.model, model, calibrated.statistics, calibrated.fitting, RunFolder()
+    )
     assert max(drift.after_mlp for drift in drifts) < 1e-6
     assert held_back_agreement(calibrated, model) == 1.0
 

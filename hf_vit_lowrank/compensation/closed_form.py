@@ -8,7 +8,7 @@ earlier blocks is corrected and not passed on. The MLP's units are chosen on the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..candidates.mlp_width import mlp_width_candidate
 from ..linalg import ridge_solve
 from ..progress import track
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
+from ..run_folder import RunFolder
 from ..statistics import BlockStatistics, Moments, TokenGroups, token_weight
 from ..surgery import keep_units, set_linear
 
@@ -41,10 +42,11 @@ def compensate_closed_form(
     small: LowRankViTForImageClassification,
     statistics: Sequence[BlockStatistics],
     embeddings: Sequence[Tensor],
+    run: RunFolder,
 ) -> list[BlockDrift]:
     """Refit `small` in place on batches of embeddings (images, tokens, d), which both models share.
 
-    Holds two streams in memory, each of the size of `embeddings`.
+    Holds two streams in memory, each of the size of `embeddings`. run: where finished blocks are kept.
     """
     num_read, layers = dense.config.num_tokens_read, len(dense.vit.blocks)
     dense_stream, small_stream = list(embeddings), list(embeddings)
@@ -53,8 +55,24 @@ def compensate_closed_form(
     for layer, (source, block, moments) in enumerate(track(blocks, "Compensating", layers, "blocks")):
         # Nothing reads the other tokens after the last block.
         queries = num_read if layer == layers - 1 else None
-        drifts.append(refit_block(source, block, moments, dense_stream, small_stream, queries, num_read))
+        stage = f"block-{layer:02}"
+        if run.has(stage):
+            state, record = run.load(stage)
+            block.load_state_dict(state)
+            drift = BlockDrift(**record)
+            dense_stream, small_stream = moved(source, dense_stream, queries), moved(block, small_stream, queries)
+        else:
+            drift = refit_block(source, block, moments, dense_stream, small_stream, queries, num_read)
+            run.save(stage, (block.state_dict(), asdict(drift)))
+        drifts.append(drift)
     return drifts
+
+
+@torch.no_grad()
+def moved(block: LowRankViTBlock, stream: Sequence[Tensor], queries: int | None) -> list[Tensor]:
+    """The stream behind a block: batches of (images, tokens, d), tokens the leading `queries` or all."""
+    device = next(block.parameters()).device
+    return [block(batch.to(device), queries)[0].cpu() for batch in stream]
 
 
 @torch.no_grad()

@@ -2,21 +2,26 @@
 
 Teacher and student see the same random view of an image. The loss is the Kullback-Leibler divergence of their class
 probabilities plus the relative error of the student's stream after every block; labels, if asked for, add a
-cross-entropy. The training loop is transformers' Trainer: `accelerate launch` spreads it over GPUs, and a run that died
-goes on.
+cross-entropy. The training loop is transformers' Trainer: `accelerate launch` spreads it over GPUs. Every view follows
+from the seed and its place in the schedule alone, so that a run that died goes on to the same bits.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div
+from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from ..augmentation import RandomViews
@@ -67,19 +72,18 @@ def distill(
     chosen = set(held_back)
     fitting = [index for index in range(len(views)) if index not in chosen]
     start = {name: tensor.detach().cpu().clone() for name, tensor in small.state_dict().items()}
-    arguments = _arguments(folder, len(fitting), epochs, learning_rate, batch_size, seed, dense.device)
+    arguments = _arguments(folder, epochs * len(fitting), learning_rate, batch_size, seed, dense.device)
     trainer = _Distiller(
         model=small,
         args=arguments,
-        train_dataset=[(index, True) for index in fitting],
-        eval_dataset=[(index, False) for index in held_back],
-        data_collator=_Collator(views, labels),
+        train_dataset=_Schedule(fitting, epochs, seed),
+        eval_dataset=[(index, None) for index in held_back],
+        data_collator=_Collator(views, labels, seed),
         callbacks=[_Progress(batch_size)],
     )
     trainer.remove_callback(PrinterCallback)
     trainer.teacher = dense
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     small.eval()
     # A run that goes on evaluates once more where it stopped.
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
@@ -92,7 +96,7 @@ def distill(
 
 
 def _arguments(
-    folder: Path, images: int, epochs: int, learning_rate: float, batch_size: int, seed: int, device: torch.device
+    folder: Path, views: int, learning_rate: float, batch_size: int, seed: int, device: torch.device
 ) -> TrainingArguments:
     arguments = TrainingArguments(
         output_dir=str(folder),
@@ -100,7 +104,7 @@ def _arguments(
         bf16=half_precision(device),
         per_device_train_batch_size=batch_size,
         per_device_eval_batch_size=batch_size,
-        num_train_epochs=epochs,
+        num_train_epochs=1,  # the schedule holds them all
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         eval_strategy="steps",
@@ -119,16 +123,32 @@ def _arguments(
         # On a GPU the views are made by other processes meanwhile; on a CPU they would fight for the same cores.
         dataloader_num_workers=0 if device.type == "cpu" else 8,
     )
-    steps = epochs * -(-images // (batch_size * arguments.world_size))
+    steps = -(-views // (batch_size * arguments.world_size))
     arguments.warmup_steps = int(WARM_UP * steps)
     arguments.eval_steps = arguments.save_steps = max(1, steps // EVALUATIONS)
     return arguments
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The Trainer writes its state last: a checkpoint without a whole one was being written when the run died."""
+    while folder.is_dir() and (last := get_last_checkpoint(str(folder))):
+        try:
+            json.loads((Path(last) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            shutil.rmtree(last)
+        else:
+            return last
+    return None
 
 
 class _Distiller(Trainer):
     """The divergence from `teacher` in place of the model's own loss; in evaluation nothing but that."""
 
     teacher: LowRankViTForImageClassification
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        schedule: Any = self.train_dataset
+        return SequentialSampler(schedule)
 
     def compute_loss(
         self,
@@ -183,21 +203,40 @@ def _relative_error(student: Tensor, teacher: Tensor, num_read: int) -> Tensor:
     return errors[:, :num_read].mean() / scale + 0.5 * errors.mean() / all_scale
 
 
+class _Schedule(Dataset[tuple[int, int]]):
+    """All passes over the images one after the other, each in an order of its own: (index of an image, place here)."""
+
+    def __init__(self, images: Sequence[int], epochs: int, seed: int):
+        self.images, self.epochs, self.seed = images, epochs, seed
+        self.order: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return self.epochs * len(self.images)
+
+    def __getitem__(self, place: int) -> tuple[int, int]:
+        epoch, position = divmod(place, len(self.images))
+        if self.order[0] != epoch:
+            self.order = epoch, np.random.default_rng((self.seed, epoch)).permutation(len(self.images)).tolist()
+        return self.images[self.order[1][position]], place
+
+
 class _Collator:
-    """(index, random) of images to a batch: a random view of each, or the image as it is prepared for use."""
+    """(index of an image, place in the schedule) to a batch: a random view of each, or without a place the image as it
+    is prepared for use."""
 
-    def __init__(self, views: RandomViews, labels: Sequence[int] | None):
-        self.views, self.labels = views, labels
+    def __init__(self, views: RandomViews, labels: Sequence[int] | None, seed: int):
+        self.views, self.labels, self.seed = views, labels, seed
 
-    def __call__(self, items: list[tuple[int, bool]]) -> dict[str, Tensor]:
-        indices = [index for index, _ in items]
-        if not items[0][1]:
+    def __call__(self, items: list[tuple[int, int | None]]) -> dict[str, Tensor]:
+        indices, place = [index for index, _ in items], items[0][1]
+        if place is None:
             return {"pixel_values": self.views.plain(indices)}
-        pixels = self.views.batch(indices)
+        random = np.random.default_rng((self.seed, place, 1))
+        pixels = self.views.batch(indices, torch.Generator().manual_seed(int(random.integers(2**62))))
         if self.labels is not None:
             return {"pixel_values": pixels, "labels": torch.tensor([self.labels[index] for index in indices])}
-        if torch.rand(()) < 0.5:
-            share = torch.distributions.Beta(MIXUP, MIXUP).sample()
+        if random.random() < 0.5:
+            share = random.beta(MIXUP, MIXUP)
             pixels = share * pixels + (1 - share) * pixels.flip(0)
         return {"pixel_values": pixels}
 

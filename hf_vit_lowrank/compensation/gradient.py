@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -20,8 +20,9 @@ from ..linalg import square_root
 from ..precision import half_precision
 from ..progress import track
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
+from ..run_folder import RunFolder
 from ..statistics import BlockStatistics, token_weight
-from .closed_form import refit_block
+from .closed_form import moved, refit_block
 
 EPOCHS = 4
 LEARNING_RATE = 5e-4
@@ -47,11 +48,12 @@ def compensate_gradient(
     *,
     refit: bool,
     seed: int,
+    run: RunFolder,
 ) -> list[BlockTraining]:
     """Train `small` in place on batches of embeddings (images, tokens, d), several views of an image among them.
 
     refit: fit each block in closed form first, on the stream that the trained blocks before it produce.
-    Holds three streams in memory, each of the size of `fitting`.
+    run: where finished blocks are kept. Holds three streams in memory, each of the size of `fitting`.
     """
     num_read, layers = dense.config.num_tokens_read, len(dense.vit.blocks)
     targets, inputs = list(fitting), list(fitting)
@@ -60,15 +62,23 @@ def compensate_gradient(
     blocks: Any = zip(dense.vit.blocks, small.vit.blocks, statistics, strict=True)
     for layer, (source, block, moments) in enumerate(track(blocks, "Training block by block", layers, "blocks")):
         queries = num_read if layer == layers - 1 else None
-        before = list(inputs)
-        if refit:
+        before, stage = list(inputs), f"block-{layer:02}"
+        done = run.has(stage)
+        if refit and not done:
             refit_block(source, block, moments, targets, inputs, queries, num_read)
         else:
-            targets = _moved(source, targets, queries)
-        held_targets = _moved(source, held_targets, queries)
-        error = _Error(moments, torch.cat(targets), num_read, dense.device)
-        records.append(_train(block, queries, error, (before, targets), (held_inputs, held_targets), seed + layer))
-        inputs, held_inputs = _moved(block, before, queries), _moved(block, held_inputs, queries)
+            targets = moved(source, targets, queries)
+        held_targets = moved(source, held_targets, queries)
+        if done:
+            state, fields = run.load(stage)
+            block.load_state_dict(state)
+            record = BlockTraining(**fields)
+        else:
+            error = _Error(moments, torch.cat(targets), num_read, dense.device)
+            record = _train(block, queries, error, (before, targets), (held_inputs, held_targets), seed + layer)
+            run.save(stage, (block.state_dict(), asdict(record)))
+        records.append(record)
+        inputs, held_inputs = moved(block, before, queries), moved(block, held_inputs, queries)
     return records
 
 
@@ -149,9 +159,3 @@ def _mean_error(
         for batch, target in zip(inputs, targets, strict=True)
     ]
     return sum(sums) / sum(map(len, inputs))
-
-
-@torch.no_grad()
-def _moved(block: LowRankViTBlock, stream: list[Tensor], queries: int | None) -> list[Tensor]:
-    device = next(block.parameters()).device
-    return [block(batch.to(device), queries)[0].cpu() for batch in stream]

@@ -1,0 +1,128 @@
+"""What an unfinished run leaves on disk, so that the same command goes on where it was: its finished stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from .errors import RunError, UserError, reason
+from .statistics import BlockStatistics, Moments, TokenGroups
+
+Result = TypeVar("Result")
+
+_INPUTS = "run.json"
+# Besides tensors and plain values, stages may hold these and nothing else: reading a run folder never runs code.
+_STORED: list[Any] = [BlockStatistics, TokenGroups, Moments]
+
+
+class RunFolder:
+    """A folder with one file per finished stage; without a folder nothing is kept and every stage is made anew."""
+
+    def __init__(self, folder: Path | None = None):
+        self.folder = folder
+
+    def require(self, **inputs: Any) -> None:
+        """Note what the run is made from (JSON-able), or see that it is the same as when the run began.
+
+        Raises UserError naming what differs.
+        """
+        if self.folder is None:
+            return
+        noted = _read_inputs(self.folder)
+        for name, value in json.loads(json.dumps(inputs)).items():
+            if difference := _difference(name, noted.setdefault(name, value), value):
+                raise UserError(
+                    f"'{self.folder}' holds an unfinished run with another {difference}: give the command of that run "
+                    "to finish it, pass --restart to throw it away, or choose another output."
+                )
+        self._write(_INPUTS, lambda file: file.write_text(json.dumps(noted, indent=2, sort_keys=True) + "\n"))
+
+    def part(self, name: str) -> RunFolder:
+        """For the stages of one of several results that a run makes."""
+        return RunFolder(self.folder and self.folder / name)
+
+    def has(self, stage: str) -> bool:
+        """Whether that stage was finished."""
+        return self.folder is not None and self._file(stage).is_file()
+
+    def load(self, stage: str) -> Any:
+        """The result of a finished stage. Raises RunError where its file cannot be read."""
+        file = self._file(stage)
+        try:
+            with torch.serialization.safe_globals(_STORED):
+                return torch.load(file, weights_only=True)
+        except Exception as error:
+            raise RunError(
+                f"'{file}' of an unfinished run cannot be read ({reason(error)}): pass --restart."
+            ) from error
+
+    def save(self, stage: str, result: Any) -> None:
+        """Raises RunError where the disk fails."""
+        if self.folder is not None:
+            self._write(self._file(stage).name, lambda file: torch.save(result, file))
+
+    def stage(self, name: str, make: Callable[[], Result]) -> Result:
+        """The result of a stage: as it was finished before, or made and kept."""
+        if self.has(name):
+            return self.load(name)
+        result = make()
+        self.save(name, result)
+        return result
+
+    def remove(self) -> None:
+        """Throw the run away. Raises UserError where the folder holds something else than a run."""
+        if self.folder is None or not self.folder.exists():
+            return
+        if any(self.folder.iterdir()) and not (self.folder / _INPUTS).is_file():
+            raise UserError(f"'{self.folder}' is no run folder of hf-vit-lowrank: move it away.")
+        shutil.rmtree(self.folder)
+
+    def _file(self, stage: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{stage}.pt"
+
+    def _write(self, name: str, write: Callable[[Path], object]) -> None:
+        """Whole or not at all: a file that a killed process left half written never has its final name."""
+        assert self.folder is not None
+        unfinished = self.folder / f"{name}.unfinished"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write(unfinished)
+            with unfinished.open("rb+") as file:
+                os.fsync(file.fileno())
+            unfinished.replace(self.folder / name)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            raise RunError(
+                f"The run folder '{self.folder}' could not be written to ({reason(error)}): make room, then give the "
+                "same command again, which goes on from here."
+            ) from error
+
+
+def _read_inputs(folder: Path) -> dict[str, Any]:
+    file = folder / _INPUTS
+    if not file.exists():
+        return {}
+    try:
+        inputs = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"'{file}' of an unfinished run cannot be read ({reason(error)}): pass --restart.") from error
+    return dict(inputs)
+
+
+def _difference(name: str, noted: Any, given: Any) -> str | None:
+    """The first value that differs, as "recipe.seed (0 there, 1 here)"."""
+    if isinstance(noted, dict) and isinstance(given, dict):
+        below = (_difference(f"{name}.{key}", noted.get(key), given.get(key)) for key in sorted({*noted, *given}))
+        return next(filter(None, below), None)
+    return None if noted == given else f"{name} ({_short(noted)} there, {_short(given)} here)"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else f"{text[:20]}…"
