@@ -6,7 +6,6 @@ import copy
 import hashlib
 import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,15 @@ _OTHER_FILES_BYTES = 4 << 20  # more than all files beside the weights take
 def check_target(folder: str | Path, weight_bytes: int, *, overwrite: bool = False) -> None:
     """See before any work that a checkpoint of this size can be written to `folder`.
 
+    What a save that was killed left beside it is cleared away first: an older checkpoint that it had moved aside comes
+    back.
+
     Raises:
         UserError: it is a file; it is not empty (without `overwrite`); it holds files that are no part of a checkpoint
             of this package (with `overwrite`: they are never deleted); the disk has too little room.
     """
     target = Path(folder).resolve()
+    _recover(target)
     if target.exists() and not target.is_dir():
         raise UserError(f"'{folder}' is a file: choose another folder for the checkpoint.")
     if target.is_dir() and any(target.iterdir()):
@@ -89,7 +92,8 @@ def save_checkpoint(
     target = Path(folder).resolve()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        staging = _staging(target)
+        staging.mkdir()
         new, old = staging / "new", staging / "old"
         try:
             new.mkdir()
@@ -211,6 +215,18 @@ def _probe(model: LowRankViTForImageClassification) -> torch.Tensor:
         return model(pixels).logits
     finally:
         model.train(training)
+
+
+def _staging(target: Path) -> Path:
+    """Beside the target, so that a rename moves it there; always the same, so that a later run finds what was left."""
+    return target.with_name(f".{target.name}.saving")
+
+
+def _recover(target: Path) -> None:
+    staging = _staging(target)
+    if not target.exists() and (staging / "old").is_dir():
+        (staging / "old").rename(target)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def _swap(new: Path, target: Path, old: Path) -> None:

@@ -231,18 +231,25 @@ def compress(
     _refuse_source(output, source)
     check_target(output, 0, overwrite=overwrite)
     images = _calibration_images(calibration, config, split, image_column, recipe)
-    run = RunFolder(output.absolute().parent / f".{output.name}.run")
+    folder = output.absolute().parent / f".{output.name}.run"
+    run = RunFolder(folder)
     if restart:
         run.remove()
-    result = compress_model(
-        source,
-        images,
-        recipe,
-        revision=revision,
-        allow_pickle=allow_pickle,
-        device=device,
-        run_folder=run.folder,
-    )
+    goes_on = folder.exists()
+    try:
+        result = compress_model(
+            source,
+            images,
+            recipe,
+            revision=revision,
+            allow_pickle=allow_pickle,
+            device=device,
+            run_folder=folder,
+        )
+    except UserError:
+        if not goes_on:  # what was refused must not stand in the way of its correction
+            run.remove()
+        raise
     result.save_pretrained(output, overwrite=overwrite)
     run.remove()
     if not quiet:

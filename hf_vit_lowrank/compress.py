@@ -38,7 +38,7 @@ from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
 from .run_folder import RunFolder
 from .statistics import BlockStatistics, collect_statistics
-from .surgery import resized, shrink
+from .surgery import shrink
 
 # Share of the calibration images held back: to measure agreement on, and to decide what training may keep.
 AGREEMENT_SHARE = 0.2
@@ -247,8 +247,9 @@ def build(calibrated: Calibrated, recipe: CompressionRecipe, *, run: RunFolder =
     seconds: dict[str, float] = {}
     with _timed(seconds, "surgery"):
         config, state, size = run.stage("surgery", lambda: _smaller(calibrated, recipe))
-        model = resized(dense.model, LowRankViTConfig.from_dict(config))
+        model = LowRankViTForImageClassification(LowRankViTConfig.from_dict(config)).eval()
         model.load_state_dict(state)
+        torch.nn.Module.to(model, dense.model.device)
     report = _report(calibrated, recipe, size)
     report.update(_compensate(calibrated, model, recipe, seconds, run))
     report["seconds"] = {**calibrated.seconds, **seconds}

@@ -296,6 +296,17 @@ def test_kill_while_writing(save, tmp_path: Path):
     load_checkpoint(folder)
 
 
+def test_a_kill_between_the_two_renames_is_made_good(save, tmp_path: Path):
+    folder = save(tmp_path / "out")
+    before = content(folder)
+    (tmp_path / ".out.saving" / "new").mkdir(parents=True)
+    folder.rename(tmp_path / ".out.saving" / "old")
+    with pytest.raises(UserError, match="not empty"):
+        check_target(folder, 0)
+    assert content(folder) == before
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_what_is_written_wrongly_is_noticed(save, model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def off_by_a_bit(state, path, metadata):
         save_file({**state, "classifier.bias": state["classifier.bias"] + 1e-6}, path, metadata=metadata)

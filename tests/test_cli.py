@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -116,7 +117,7 @@ def test_bad_options_are_one_sentence(options, message, digits_model, digits_dat
     source = (digits_model, "--calibration", digits_data.calibration, "--samples", 16)
     done = call("compress", *source, *options, "--output", tmp_path / "out")
     assert message in sentence(done)
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_source_is_never_the_output(digits_model, digits_data):
@@ -142,6 +143,22 @@ def test_compressing_a_compressed_checkpoint_is_refused(compressed, digits_data,
 def test_missing_calibration_is_one_sentence(digits_model, tmp_path):
     options = ("--calibration", tmp_path / "nothing.parquet", "--reduction", 0.5, "--output", tmp_path / "out")
     assert "nothing.parquet" in sentence(run("compress", digits_model, *options))
+
+
+def test_a_killed_run_goes_on_and_is_not_mixed_with_another(digits_model, digits_data, tmp_path):
+    output, run_folder = tmp_path / "out", tmp_path / ".out.run"
+    command = ["compress", digits_model, "--calibration", digits_data.calibration, "--samples", 256, "--output", output]
+    process = subprocess.Popen([sys.executable, "-m", "hf_vit_lowrank", *map(str, command), "--reduction", "0.5"])
+    while process.poll() is None and not (run_folder / "statistics.pt").exists():
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert (run_folder / "statistics.pt").exists()
+    assert not output.exists()
+    assert "recipe.reduction (0.5 there, 0.4 here)" in sentence(call(*command, "--reduction", 0.4))
+    done = call(*command, "--reduction", 0.5)
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_another_preset_has_the_same_format_and_budget(digits_model, digits_data, tmp_path):
