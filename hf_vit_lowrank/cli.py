@@ -207,7 +207,7 @@ def compress(
     Finished stages are kept in a hidden folder beside the output: a run that died goes on when its command is given
     again.
     """
-    from . import tables
+    from . import processes, progress, tables
     from .checkpoint import check_target
     from .compress import compress as compress_model
     from .run_folder import RunFolder
@@ -233,7 +233,10 @@ def compress(
     images = _calibration_images(calibration, config, split, image_column, recipe)
     folder = output.absolute().parent / f".{output.name}.run"
     run = RunFolder(folder)
-    if restart:
+    processes.join()
+    if not processes.is_main():
+        progress.quiet()
+    if restart and processes.is_main():
         run.remove()
     goes_on = folder.exists()
     try:
@@ -247,10 +250,12 @@ def compress(
             run_folder=folder,
         )
     except UserError:
-        if not goes_on:  # what was refused must not stand in the way of its correction
+        if not goes_on and processes.is_main():  # what was refused must not stand in the way of its correction
             run.remove()
         raise
     result.save_pretrained(output, overwrite=overwrite)
+    if not processes.is_main():
+        return
     run.remove()
     if not quiet:
         tables.show_compression(result.report, output)

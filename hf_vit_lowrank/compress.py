@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
+from . import processes
 from .augmentation import RandomViews
 from .candidates.block import BlockCandidates, block_candidates
 from .checkpoint import save_checkpoint
@@ -26,7 +28,7 @@ from .compensation.gradient import compensate_gradient
 from .dense import DenseSource, dense_parameters, load_dense
 from .errors import UserError
 from .evaluation import class_of_label, count_flops, count_parameters, pick_device
-from .images import ImageStream, open_images, pixel_batches
+from .images import ImageStream, Share, open_images, pixel_batches
 from .model_card import model_card
 from .precision import half_precision
 from .presets import PRESETS
@@ -63,8 +65,12 @@ class CompressionResult:
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
         """Write a checkpoint folder that loads with trust_remote_code wherever torch and transformers are.
 
+        Of several processes the main one writes.
+
         Raises UserError where the folder cannot be written to, RunError where writing failed (see `save_checkpoint`).
         """
+        if not processes.is_main():
+            return
         # Times differ from run to run; the same recipe must give the same bytes.
         record = {key: value for key, value in self.report.items() if key != "seconds"}
         save_checkpoint(
@@ -100,9 +106,12 @@ class Calibrated:
     def candidates(self) -> list[BlockCandidates]:
         """Error curves and what they come from, one per block."""
         model = self.dense.model
-        blocks: Any = zip(model.vit.blocks, self.statistics, strict=True)
+        blocks: Any = list(zip(model.vit.blocks, self.statistics, strict=True))
         with _timed(self.seconds, "candidates"):
-            return [block_candidates(*pair) for pair in track(blocks, "Error curves", len(model.vit.blocks), "blocks")]
+            own = processes.share(blocks)
+            made = [block_candidates(*block) for block in track(own, "Error curves", len(own), "blocks")]
+            shares = processes.gather(made)
+            return [shares[layer % len(shares)][layer // len(shares)] for layer in range(len(blocks))]
 
     @cached_property
     def presets(self) -> PresetInputs:
@@ -135,6 +144,7 @@ def compress(
         UserError: a source, data set or target that cannot be used; a `run_folder` of a run with other inputs.
         RunError: the calibration data were empty or the model overflows on them.
     """
+    processes.join()
     measured = recipe.min_agreement is not None
     share = AGREEMENT_SHARE if measured else training_share(recipe)
     run = RunFolder(run_folder)
@@ -207,7 +217,7 @@ def calibrate(
     with _timed(seconds, "load"):
         dense = load_dense(source, revision=revision, allow_pickle=allow_pickle)
         dense.model.requires_grad_(False)
-        torch.nn.Module.to(dense.model, pick_device(device))
+        torch.nn.Module.to(dense.model, processes.device() if processes.count() > 1 else pick_device(device))
         if recipe.min_agreement is None:
             _limit(dense, recipe)  # a model to match that cannot be read is found before the long work
     run.require(
@@ -216,17 +226,24 @@ def calibrate(
         images=calibration.description,
         versions=_versions(),
         device=dense.model.device.type,
+        processes=processes.count(),
     )
     with _timed(seconds, "images"):
-        held_back: list[Tensor] = []
-        fitting = _embed(dense, calibration, recipe.batch_size)
-        if hold_back:
-            fitting, held_back = _split(fitting, hold_back)
-        expected = _logits(dense.model, held_back) if held_back else torch.empty(0)
-    run.require(image_sha256=calibration.sha256)
+        own = calibration
+        if processes.count() > 1:
+            own = calibration.shared(Share(processes.index(), processes.count(), recipe.batch_size))
+        fitting, held_back = _split(_embed(dense, own, recipe.batch_size), hold_back, recipe.batch_size)
+        expected = _logits(dense.model, held_back)
+    image_sha256 = _joint_sha256(own)
+    run.require(image_sha256=image_sha256)
     with _timed(seconds, "statistics"):
         statistics = run.stage("statistics", lambda: _statistics(dense, fitting, recipe.seed))
-    about = {**calibration.description, "images": sum(map(len, fitting + held_back)), "sha256": calibration.sha256}
+    about = {
+        **calibration.description,
+        "images": int(processes.total(sum(map(len, fitting + held_back)))),
+        "sha256": image_sha256,
+        "processes": processes.count(),
+    }
     return Calibrated(
         dense, calibration, fitting, held_back, expected, statistics, about, seed=recipe.seed, seconds=seconds
     )
@@ -265,6 +282,8 @@ def _smaller(
         model = shrink(calibrated.dense.model, calibrated.candidates, calibrated.statistics, ranks)
         size = _planned_size(calibrated, ranks)
     else:
+        if processes.count() > 1:
+            raise UserError(f"Preset '{recipe.preset}' runs in one process: start it without accelerate launch.")
         model = PRESETS[recipe.preset](calibrated.presets, _limit(calibrated.dense, recipe))
         size = _built_size(model)
     return model.config.to_dict(), model.state_dict(), size
@@ -332,8 +351,9 @@ def _train_blocks(
 def _view_embeddings(calibrated: Calibrated, recipe: CompressionRecipe) -> list[Tensor]:
     """VIEWS random views of every image that may be fitted on, embedded."""
     embed, device = calibrated.dense.model.vit.embeddings, calibrated.dense.model.device
-    images = torch.arange(sum(map(len, calibrated.fitting))).repeat(VIEWS).split(recipe.batch_size)
-    generator = torch.Generator().manual_seed(recipe.seed)
+    fitting = int(processes.total(sum(map(len, calibrated.fitting))))
+    images = processes.share(torch.arange(fitting).repeat(VIEWS).split(recipe.batch_size))
+    generator = torch.Generator().manual_seed(recipe.seed + processes.index())
     return [
         embed(calibrated.views.batch(chosen.tolist(), generator).to(device)).cpu()
         for chosen in track(images, "Views", sum(map(len, images)), size=len)
@@ -346,7 +366,7 @@ def _distill(
     recipe: CompressionRecipe,
     run: RunFolder,
 ) -> dict[str, Any]:
-    views, held_back = calibrated.views, sum(map(len, calibrated.held_back))
+    views, held_back = calibrated.views, int(processes.total(sum(map(len, calibrated.held_back))))
     with tempfile.TemporaryDirectory() as temporary:
         record = distill(
             calibrated.dense.model,
@@ -456,16 +476,31 @@ def _embed(dense: DenseSource, images: ImageStream, batch_size: int) -> list[Ten
     ]
 
 
-def _split(embeddings: Sequence[Tensor], share: float) -> tuple[list[Tensor], list[Tensor]]:
-    """Images to fit on, and images held back."""
-    images = torch.cat(list(embeddings))
-    held_back = max(1, int(share * len(images)))
-    if held_back == len(images):
+def _split(embeddings: list[Tensor], share: float, batch_size: int) -> tuple[list[Tensor], list[Tensor]]:
+    """This process's images to fit on, and of those held back, which are the last of all processes' together."""
+    images = int(processes.total(sum(map(len, embeddings))))
+    fitted_on = images - (max(1, int(share * images)) if share else 0)
+    fitting: list[Tensor] = []
+    held_back: list[Tensor] = []
+    for number, batch in enumerate(embeddings):
+        start = (number * processes.count() + processes.index()) * batch_size
+        for part, of in (
+            (batch[: max(fitted_on - start, 0)], fitting),
+            (batch[max(fitted_on - start, 0) :], held_back),
+        ):
+            if len(part):
+                of.append(part)
+    if min(processes.gather(len(fitting))) == 0:
         raise UserError(
-            "This recipe needs at least two calibration images: one to fit on, one held back to measure on."
+            f"{images} calibration images are too few for this recipe in {processes.count()} process(es): each needs a "
+            "batch to fit on, and training or --min-agreement others to measure on."
         )
-    size = len(embeddings[0])
-    return list(images[:-held_back].split(size)), list(images[-held_back:].split(size))
+    return fitting, held_back
+
+
+def _joint_sha256(images: ImageStream) -> str | None:
+    shares = processes.gather(images.sha256)
+    return shares[0] if len(shares) == 1 else hashlib.sha256("".join(map(str, shares)).encode()).hexdigest()
 
 
 def _smallest_agreeing(calibrated: Calibrated, recipe: CompressionRecipe, run: RunFolder) -> CompressionResult:
@@ -496,7 +531,11 @@ def _smallest_agreeing(calibrated: Calibrated, recipe: CompressionRecipe, run: R
     report = {
         **best.report,
         "recipe": recipe.to_dict(),
-        "agreement": {"images": sum(map(len, calibrated.held_back)), "wanted": wanted, "trials": trials},
+        "agreement": {
+            "images": int(processes.total(sum(map(len, calibrated.held_back)))),
+            "wanted": wanted,
+            "trials": trials,
+        },
     }
     return replace(best, report=report)
 
@@ -504,13 +543,19 @@ def _smallest_agreeing(calibrated: Calibrated, recipe: CompressionRecipe, run: R
 def held_back_agreement(calibrated: Calibrated, model: LowRankViTForImageClassification) -> float:
     """Share of the held-back images that a model and the dense model put into the same class."""
     logits = _logits(model, calibrated.held_back)
-    return (logits.argmax(-1) == calibrated.expected.argmax(-1)).double().mean().item()
+    return _mean_of_all((logits.argmax(-1) == calibrated.expected.argmax(-1)).double())
 
 
 def held_back_divergence(calibrated: Calibrated, model: LowRankViTForImageClassification) -> float:
     """Kullback-Leibler divergence of a model's probabilities from the dense model's on held-back images, in nats."""
     logits = _logits(model, calibrated.held_back).log_softmax(-1)
-    return kl_div(logits, calibrated.expected.log_softmax(-1), log_target=True, reduction="batchmean").item()
+    divergences = kl_div(logits, calibrated.expected.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    return _mean_of_all(divergences)
+
+
+def _mean_of_all(values: Tensor) -> float:
+    """Over the images (images,) of all processes."""
+    return processes.total(values.sum().item()) / processes.total(len(values))
 
 
 @torch.no_grad()
@@ -522,7 +567,7 @@ def _logits(model: LowRankViTForImageClassification, embeddings: Sequence[Tensor
         for block in model.vit.blocks:
             stream, _ = block(stream)
         logits.append(model.classify(model.vit.norm(stream))[0].double().cpu())
-    return torch.cat(logits)
+    return torch.cat(logits) if logits else torch.empty(0, model.config.num_labels or 0, dtype=torch.float64)
 
 
 @contextmanager

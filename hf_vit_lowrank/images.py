@@ -21,6 +21,7 @@ import torch
 import transformers
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
+from datasets.distributed import split_dataset_by_node
 from PIL import Image, ImageOps
 from pyarrow import parquet
 
@@ -60,6 +61,27 @@ class LabelledImage(NamedTuple):
     position: int
 
 
+@dataclass(frozen=True)
+class Share:
+    """Whose part of a stream: batch number `index` of every `count` batches of `batch_size` images."""
+
+    index: int
+    count: int
+    batch_size: int
+
+    def of(self, images: int) -> list[int]:
+        """The positions, among so many images, that belong to this share."""
+        batches = range(self.index * self.batch_size, images, self.count * self.batch_size)
+        return [place for start in batches for place in range(start, min(start + self.batch_size, images))]
+
+    def number_of(self, images: int) -> int:
+        """How many of a stream's images, whose order is not to be had, belong to this share."""
+        return images // self.count + (self.index < images % self.count)
+
+
+WHOLE = Share(0, 1, 1)
+
+
 class ImageStream:
     """The images of one split, in a fixed order; every iteration gives the same ones again.
 
@@ -73,7 +95,7 @@ class ImageStream:
 
     def __init__(
         self,
-        rows: Callable[[], Iterable[dict[str, Any]]],
+        rows: Callable[[Share], Iterable[dict[str, Any]]],
         image_column: str,
         label_column: str | None,
         *,
@@ -81,10 +103,11 @@ class ImageStream:
         label_names: list[str] | None,
         length: int | None,
         samples: int | None,
+        share: Share = WHOLE,
     ) -> None:
         self._rows = rows
         self._image_column, self._label_column = image_column, label_column
-        self._samples = samples
+        self._samples, self._share = samples, share
         self.description = description
         self.label_names = label_names
         self.length = length
@@ -111,11 +134,28 @@ class ImageStream:
         self._finish(tried, read)
         self.sha256 = digest.hexdigest()
 
+    def shared(self, share: Share) -> ImageStream:
+        """A part of this stream; the parts of all processes together hold every image once.
+
+        Where the data can be indexed it is whole batches, so that they are the ones that a single process makes;
+        where they are streamed each process reads shards of its own, or every `count`-th image.
+        """
+        return ImageStream(
+            self._rows,
+            self._image_column,
+            self._label_column,
+            description=self.description,
+            label_names=self.label_names,
+            length=None if self.length is None else share.number_of(self.length),
+            samples=None,  # the rows of a share end by themselves
+            share=share,
+        )
+
     def _read_rows(self) -> Iterator[dict[str, Any]]:
         """The rows; whatever goes wrong in reading the source is no fault of an image and ends the run."""
         done = 0
         try:
-            for row in self._rows():
+            for row in self._rows(self._share):
                 yield row
                 done += 1
         except Exception as error:  # of datasets, pyarrow, the file system or an HTTP client
@@ -243,7 +283,7 @@ def open_images(
     data = data.cast_column(image_column, ImageFeature(decode=False))  # a broken image must not stop the stream
     sizes = [size for size in (samples, available) if size is not None]
     return ImageStream(
-        _ordered_rows(data, seed, shuffle_buffer),
+        _ordered_rows(data, seed, shuffle_buffer, samples),
         image_column,
         label_column,
         description={
@@ -487,16 +527,27 @@ def _is_integer(feature: Any) -> bool:
 
 
 def _ordered_rows(
-    data: Dataset | IterableDataset, seed: int | None, shuffle_buffer: int
-) -> Callable[[], Iterable[dict[str, Any]]]:
-    """A function that starts the rows over, in the same order every time."""
-    if seed is None:
-        return lambda: data
+    data: Dataset | IterableDataset, seed: int | None, shuffle_buffer: int, samples: int | None
+) -> Callable[[Share], Iterable[dict[str, Any]]]:
+    """A function that starts the rows of a share over, in the same order every time."""
     if isinstance(data, IterableDataset):
-        shuffled = data.shuffle(seed=seed, buffer_size=shuffle_buffer)
-        return lambda: shuffled
-    order = np.random.default_rng(seed).permutation(len(data))
-    return lambda: (data[int(row)] for row in order)
+        ordered = data if seed is None else data.shuffle(seed=seed, buffer_size=shuffle_buffer)
+
+        def streamed(share: Share) -> Iterable[dict[str, Any]]:
+            if share == WHOLE:
+                return ordered
+            own = split_dataset_by_node(ordered, share.index, share.count)
+            return islice(own, None if samples is None else share.number_of(samples))
+
+        return streamed
+    order = np.arange(len(data)) if seed is None else np.random.default_rng(seed).permutation(len(data))
+
+    def indexed(share: Share) -> Iterable[dict[str, Any]]:
+        # Alone, an image that cannot be read is replaced by one behind the samples; other processes know nothing of it.
+        places = range(len(order)) if share == WHOLE else share.of(min(samples or len(order), len(order)))
+        return data if seed is None and share == WHOLE else (data[int(order[place])] for place in places)
+
+    return indexed
 
 
 # -------------------------------------------------------------------------------------------------------------- pixels

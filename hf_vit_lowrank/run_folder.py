@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from . import processes
 from .errors import RunError, UserError, reason
 from .statistics import BlockStatistics, Moments, TokenGroups
 
@@ -22,7 +23,10 @@ _STORED: list[Any] = [BlockStatistics, TokenGroups, Moments]
 
 
 class RunFolder:
-    """A folder with one file per finished stage; without a folder nothing is kept and every stage is made anew."""
+    """A folder with one file per finished stage; without a folder nothing is kept and every stage is made anew.
+
+    Of several processes the main one alone reads and writes the folder, and tells the others.
+    """
 
     def __init__(self, folder: Path | None = None):
         self.folder = folder
@@ -34,7 +38,7 @@ class RunFolder:
         """
         if self.folder is None:
             return
-        noted = _read_inputs(self.folder)
+        noted = processes.from_main(_read_inputs(self.folder) if processes.is_main() else {})
         for name, value in json.loads(json.dumps(inputs)).items():
             if difference := _difference(name, noted.setdefault(name, value), value):
                 raise UserError(
@@ -49,10 +53,13 @@ class RunFolder:
 
     def has(self, stage: str) -> bool:
         """Whether that stage was finished."""
-        return self.folder is not None and self._file(stage).is_file()
+        return self.folder is not None and processes.from_main(self._file(stage).is_file())
 
     def load(self, stage: str) -> Any:
         """The result of a finished stage. Raises RunError where its file cannot be read."""
+        return processes.from_main(self._read(stage) if processes.is_main() else None)
+
+    def _read(self, stage: str) -> Any:
         file = self._file(stage)
         try:
             with torch.serialization.safe_globals(_STORED):
@@ -90,6 +97,8 @@ class RunFolder:
     def _write(self, name: str, write: Callable[[Path], object]) -> None:
         """Whole or not at all: a file that a killed process left half written never has its final name."""
         assert self.folder is not None
+        if not processes.is_main():
+            return
         unfinished = self.folder / f"{name}.unfinished"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

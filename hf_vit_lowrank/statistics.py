@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import processes
 from .errors import RunError
 from .remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification, merge_heads, split_heads
 
@@ -68,6 +69,12 @@ class TokenGroups:
         """values: (images, ..., tokens, n); the first `num_read` tokens are those that the classifier reads."""
         self.read.add(_images_inside(values[..., :num_read, :]))
         self.other.add(_images_inside(values[..., num_read:, :]))
+
+    def add_up(self) -> None:
+        """Make these the sums over all processes."""
+        for moments in (self.read, self.other):
+            moments.count = processes.total(moments.count)
+            processes.add_up(moments.first, moments.second)
 
     def weighted(self, token_weight: float) -> Moments:
         """One set of moments in which a read token counts 1 and any other `token_weight`."""
@@ -143,6 +150,8 @@ def collect_statistics(
 ) -> list[BlockStatistics]:
     """One pass forward and backward over batches of embeddings (images, tokens, d); one result per block.
 
+    Each process of several gives its own batches, every process gets the sums.
+
     The loss is the cross-entropy against a label drawn from the model's own prediction, so the gradients are those of
     the true Fisher information and no labels are needed. With `precision` bfloat16 the pass runs under autocast; the
     moments are products of float32 copies and their sums float64 all the same.
@@ -156,14 +165,36 @@ def collect_statistics(
         BlockStatistics.zeros(heads, head_size, config.hidden_size, config.intermediate_size) for _ in model.vit.blocks
     ]
     generator = torch.Generator().manual_seed(seed)
-    for batch in embeddings:
+    for number, batch in enumerate(embeddings):
+        if number == 0:
+            others, whole_batch = processes.index(), max(processes.gather(len(batch)))
+        _skip_draws(generator, others * whole_batch, config.num_labels or 0)
+        others = processes.count() - 1
         for block_statistics, trace in zip(
             statistics, _traced_backward(model, batch, generator, precision), strict=True
         ):
             _add(block_statistics, trace, config.num_tokens_read)
     if statistics[0].images == 0:
         raise RunError("No calibration image was seen: the calibration data are empty.")
+    for block_statistics in statistics:
+        _add_up(block_statistics)
     return statistics
+
+
+def _skip_draws(generator: torch.Generator, images: int, classes: int) -> None:
+    """Move past the labels of batches that other processes have, so that each image's label is the same in any number
+    of processes."""
+    if images:
+        torch.multinomial(torch.ones(images, classes), 1, generator=generator)
+
+
+def _add_up(statistics: BlockStatistics) -> None:
+    """Sums over the images of all processes."""
+    statistics.images = int(processes.total(statistics.images))
+    processes.add_up(statistics.key, statistics.score_gradient)
+    for groups in vars(statistics).values():
+        if isinstance(groups, TokenGroups):
+            groups.add_up()
 
 
 @dataclass

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import processes
 from ..candidates.block import output_metric
 from ..candidates.mlp_width import mlp_width_candidate
 from ..linalg import ridge_solve
@@ -44,7 +45,7 @@ def compensate_closed_form(
     embeddings: Sequence[Tensor],
     run: RunFolder,
 ) -> list[BlockDrift]:
-    """Refit `small` in place on batches of embeddings (images, tokens, d), which both models share.
+    """Refit `small` in place on this process's batches of embeddings (images, tokens, d), which both models share.
 
     Holds two streams in memory, each of the size of `embeddings`. run: where finished blocks are kept.
     """
@@ -117,7 +118,9 @@ def _refit_attention(
         fit.add(context, dense_after - small_batch[:, :queries], num_read)
         dense_stream[index], small_stream[index] = dense_after.cpu(), small_batch[:, :queries].cpu()
         contexts.append(context.cpu())
+    fit.add_up()
     set_linear(output, *fit.solve(OUTPUT_RIDGE, prior=output.weight))
+    processes.same_parameters(output)
     for index, context in enumerate(contexts):
         small_stream[index] = small_stream[index] + output(context.to(device)).cpu()
 
@@ -142,6 +145,7 @@ def _refit_mlp(
         hidden = mlp.activation(mlp.up(normed))
         fit.add(torch.cat((hidden, normed), -1), dense_after - small_batch, num_read)
         dense_stream[index] = dense_after.cpu()
+    fit.add_up()
     full, bias = fit.solve(DOWN_RIDGE, prior=mlp.down.weight)
     if down.in_features == mlp.down.in_features:
         set_linear(down, full, bias)
@@ -149,6 +153,7 @@ def _refit_mlp(
         metric = output_metric(statistics.mlp_gradient, weight)
         kept = mlp_width_candidate(full, fit.inputs.covariance(), metric).kept(down.in_features)
         keep_units(block, source, kept, full, bias, fit.seen, metric)
+    processes.same_parameters(block.mlp)
     for index, small_batch in enumerate(small_stream):
         small_batch = small_batch.to(device)
         small_stream[index] = (small_batch + block.mlp(block.mlp_norm(small_batch))).cpu()
@@ -172,6 +177,11 @@ class _Regression:
             self.cross += weight * (x.mT @ y).cpu().double()
             self.target_sum += weight * y.sum(0).cpu().double()
 
+    def add_up(self) -> None:
+        """Make these the sums over the batches of all processes."""
+        self.groups.add_up()
+        processes.add_up(self.cross, self.target_sum)
+
     @property
     def seen(self) -> Moments:
         return self.groups.weighted(self.other_weight)
@@ -192,5 +202,8 @@ class _Regression:
 def _drift(dense_stream: list[Tensor], small_stream: list[Tensor], num_read: int) -> float:
     dense = torch.cat([batch[:, :num_read] for batch in dense_stream]).double()
     small = torch.cat([batch[:, :num_read] for batch in small_stream]).double()
-    variance = (dense - dense.mean(0)).square().mean()
-    return float((small - dense).square().mean() / variance.clamp_min(torch.finfo(torch.float64).tiny))
+    count, sums = processes.total(len(dense)), dense.sum(0)
+    processes.add_up(sums)
+    variance = processes.total(float((dense - sums / count).square().sum()))
+    error = processes.total(float((small - dense).square().sum()))
+    return error / max(variance, torch.finfo(torch.float64).tiny)

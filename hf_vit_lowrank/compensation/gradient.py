@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import processes
 from ..candidates.block import output_metric
 from ..linalg import square_root
 from ..precision import half_precision
@@ -50,7 +51,8 @@ def compensate_gradient(
     seed: int,
     run: RunFolder,
 ) -> list[BlockTraining]:
-    """Train `small` in place on batches of embeddings (images, tokens, d), several views of an image among them.
+    """Train `small` in place on this process's batches of embeddings (images, tokens, d), several views of an image
+    among them.
 
     refit: fit each block in closed form first, on the stream that the trained blocks before it produce.
     run: where finished blocks are kept. Holds three streams in memory, each of the size of `fitting`.
@@ -90,13 +92,16 @@ class _Error:
         self.weight, self.num_read = token_weight(statistics.mlp_gradient), num_read
         self.root = square_root(output_metric(statistics.mlp_gradient, self.weight))[0].float().to(device)
         self.scale = 1.0
-        self.scale = float(self(targets.to(device), targets.mean(0).to(device)).clamp_min(1e-30))
+        images, mean = processes.total(len(targets)), targets.double().sum(0)
+        processes.add_up(mean)
+        error = self(targets.to(device), (mean / images).float().to(device))
+        self.scale = max(processes.total(len(targets) * float(error)) / images, 1e-30)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """(images, tokens, d) both."""
         errors = ((outputs.float() - targets) @ self.root).square().sum(-1)
         weighted = errors[:, : self.num_read].sum() + self.weight * errors[:, self.num_read :].sum()
-        return weighted / (len(outputs) * self.scale)
+        return weighted / (max(len(outputs), 1) * self.scale)  # a process may have none of a step's images
 
 
 def _train(
@@ -128,7 +133,9 @@ def _descend(
     device = next(block.parameters()).device
     size, generator = len(inputs[0]), torch.Generator().manual_seed(seed)
     all_inputs, all_targets = torch.cat(inputs), torch.cat(targets)
-    steps = EPOCHS * -(-len(all_inputs) // size)
+    counts = processes.gather(len(all_inputs))
+    first = sum(counts[: processes.index()])
+    steps = EPOCHS * -(-sum(counts) // size)
     optimizer = torch.optim.Adam(block.parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -136,11 +143,13 @@ def _descend(
     )
     half = half_precision(device)
     for _ in range(EPOCHS):
-        for chosen in torch.randperm(len(all_inputs), generator=generator).split(size):
+        for chosen in torch.randperm(sum(counts), generator=generator).split(size):
+            own = chosen[(chosen >= first) & (chosen < first + len(all_inputs))] - first
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                outputs, _ = block(all_inputs[chosen].to(device), queries)
-            optimizer.zero_grad()
-            error(outputs, all_targets[chosen].to(device)).backward()
+                outputs, _ = block(all_inputs[own].to(device), queries)
+            optimizer.zero_grad(set_to_none=False)
+            (error(outputs, all_targets[own].to(device)) * (len(own) / len(chosen))).backward()
+            processes.add_up(*(parameter.grad for parameter in block.parameters() if parameter.grad is not None))
             optimizer.step()
             schedule.step()
 
@@ -158,4 +167,4 @@ def _mean_error(
         len(batch) * error(block(batch.to(device), queries)[0], target.to(device)).item()
         for batch, target in zip(inputs, targets, strict=True)
     ]
-    return sum(sums) / sum(map(len, inputs))
+    return processes.total(sum(sums)) / processes.total(sum(map(len, inputs)))

@@ -1,0 +1,114 @@
+"""Several processes of `accelerate launch`: nothing is seen twice or lost, and the result is that of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from datasets import Dataset, load_dataset
+from safetensors.torch import load_file
+
+from hf_vit_lowrank.images import Share, open_images
+
+COMMAND = ("compress", "{source}", "--calibration", "{images}", "--samples", "150", "--reduction", "0.6", "--quiet")
+
+
+def launch(source, images, output, *options: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    # Also without a GPU: of `--cpu` accelerate makes one process, unless there is an MPI to start more.
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
+    launcher += ["--num_machines", "1", "--main_process_port", "0"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+    arguments = [part.format(source=source, images=images) for part in COMMAND] + ["--output", str(output)]
+    command = [sys.executable, *launcher, "-m", "hf_vit_lowrank", *arguments, *map(str, options)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def outcome(folder):
+    record = json.loads((folder / "compression.json").read_text())
+    return record, load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def alone(digits_model, digits_data, tmp_path_factory):
+    output = tmp_path_factory.mktemp("alone") / "out"
+    arguments = [part.format(source=digits_model, images=digits_data.calibration) for part in COMMAND]
+    subprocess.run(
+        [sys.executable, "-m", "hf_vit_lowrank", *arguments, "--output", output],
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    return outcome(output)
+
+
+def test_two_processes_make_what_one_makes(alone, digits_model, digits_data, tmp_path):
+    launch(digits_model, digits_data.calibration, tmp_path / "out")
+    record, weights = outcome(tmp_path / "out")
+    assert record["plan"] == alone[0]["plan"]
+    assert record["calibration"]["images"] == 150
+    assert record["calibration"]["processes"] == 2
+    for name, tensor in alone[1].items():
+        assert torch.allclose(weights[name], tensor, rtol=1e-6, atol=1e-6 * tensor.abs().max().item()), name
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+def test_two_processes_train_together(alone, digits_model, digits_data, tmp_path):
+    options = ("--compensation", "distill", "--distill-epochs", 3)
+    launch(digits_model, digits_data.calibration, tmp_path / "out", *options)
+    record, _ = outcome(tmp_path / "out")
+    assert record["plan"] == alone[0]["plan"] or record["calibration"]["images"] == 150
+    assert record["gradient"]["after"] < record["gradient"]["before"]
+    assert record["distillation"]["after"] <= record["distillation"]["before"]
+
+
+def test_the_shares_of_indexed_data_are_whole_batches(digits_data):
+    whole = [image.image.tobytes() for image in open_images(str(digits_data.calibration), samples=100, seed=0)]
+    shares = [
+        [
+            image.image.tobytes()
+            for image in open_images(str(digits_data.calibration), samples=100, seed=0).shared(share)
+        ]
+        for share in (Share(index, 3, 16) for index in range(3))
+    ]
+    batches = [whole[start : start + 16] for start in range(0, 100, 16)]
+    for index, own in enumerate(shares):
+        assert own == [image for batch in batches[index::3] for image in batch]
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("samples", [None, 37])
+def test_every_image_of_a_stream_is_read_once(shards, samples, digits_data, monkeypatch):
+    """A hub data set is streamed; here a local one takes its place."""
+    from hf_vit_lowrank import images
+
+    data: Dataset = load_dataset("parquet", data_files=str(digits_data.validation), split="train").select(range(60))
+    stream = data.to_iterable_dataset(num_shards=shards)
+    source = images._Source(["train"], lambda _: stream, lambda *_: 60)
+    monkeypatch.setattr(images, "_open_source", lambda *_, **__: source)
+    opened = open_images("org/digits", samples=samples, seed=0, shuffle_buffer=10)
+    seen: Counter[bytes] = Counter()
+    sizes = []
+    for index in range(2):
+        own = [image.image.tobytes() for image in opened.shared(Share(index, 2, 8))]
+        seen.update(own)
+        sizes.append(len(own))
+    everything = Counter(image.image.tobytes() for image in open_images("org/digits", seed=None))
+    assert sum(sizes) == (samples or 60)
+    assert max(sizes) - min(sizes) <= 1
+    assert not seen - everything
+    if samples is None:
+        assert seen == everything
+
+
+def test_presets_are_refused_by_name(digits_model, digits_data, tmp_path):
+    with pytest.raises(AssertionError, match="'svd-llm' runs in one process"):
+        launch(digits_model, digits_data.calibration, tmp_path / "out", "--preset", "svd-llm")
