@@ -96,6 +96,9 @@ DistillLr = Annotated[float, _option("Peak learning rate of distillation.")]
 Labels = Annotated[bool, _option("Let distillation learn from the labels as well.", "--labels")]
 Smoke = Annotated[bool, _option("A few steps of distillation only, to see that everything works.", "--smoke")]
 QueryKeyWeight = Annotated[float, _option("Factor on the error curves of query and key, which predict too little.")]
+RankMultiple = Annotated[
+    int, _option("Inner sizes of a layer are multiples of this, which matrix products want; 1 leaves them free.", min=1)
+]
 
 Seed = Annotated[int, _option("Seed of the choice of images.", min=0, **_RUN)]
 BatchSize = Annotated[int, _option("Images at once.", min=1, **_RUN)]
@@ -192,6 +195,7 @@ def compress(
     labels: Labels = False,
     smoke: Smoke = False,
     query_key_weight: QueryKeyWeight = 4.0,
+    rank_multiple: RankMultiple = 8,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     device: Device = None,
@@ -227,6 +231,7 @@ def compress(
         batch_size=batch_size,
         seed=seed,
         query_key_weight=query_key_weight,
+        rank_multiple=rank_multiple,
     )
     _refuse_source(output, source)
     check_target(output, 0, overwrite=overwrite)
@@ -271,6 +276,7 @@ def plan(
     cost: Cost = "parameters",
     compensation: Compensation = None,
     query_key_weight: QueryKeyWeight = 4.0,
+    rank_multiple: RankMultiple = 8,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     device: Device = None,
@@ -295,6 +301,7 @@ def plan(
         batch_size=batch_size,
         seed=seed,
         query_key_weight=query_key_weight,
+        rank_multiple=rank_multiple,
     )
     _check_file(json)
     images = _calibration_images(calibration, config, split, image_column, recipe)
@@ -329,6 +336,7 @@ def sweep(
     distill_lr: DistillLr = 3e-4,
     labels: Labels = False,
     query_key_weight: QueryKeyWeight = 4.0,
+    rank_multiple: RankMultiple = 8,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     device: Device = None,
@@ -356,6 +364,7 @@ def sweep(
         batch_size=batch_size,
         seed=seed,
         query_key_weight=query_key_weight,
+        rank_multiple=rank_multiple,
     )
     _refuse_source(output, source)
     _check_folder(output, overwrite)

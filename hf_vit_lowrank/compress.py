@@ -378,7 +378,9 @@ def _labels(calibrated: Calibrated) -> list[int]:
 def _ranks(calibrated: Calibrated, recipe: CompressionRecipe) -> RankPlan:
     config = calibrated.dense.model.config
     limit = _limit(calibrated.dense, recipe)
-    return budgeted_ranks(calibrated.candidates, config, limit, recipe.cost, recipe.query_key_weight)
+    return budgeted_ranks(
+        calibrated.candidates, config, limit, recipe.cost, recipe.query_key_weight, recipe.rank_multiple
+    )
 
 
 def _limit(dense: DenseSource, recipe: CompressionRecipe) -> int:
