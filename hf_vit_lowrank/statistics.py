@@ -18,6 +18,7 @@ from .remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClas
 
 # Read tokens get weight 1. Other tokens get at least this, or a block would be fitted to one token an image alone.
 SMALLEST_TOKEN_WEIGHT = 0.002
+_GRAM_BLOCK = 512
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Moments:
         """values: (..., tokens, n), one leading shape as in `zeros`."""
         self.count += values.shape[-2]
         self.first += values.sum(-2).cpu().double()
-        self.second += (values.transpose(-1, -2) @ values).cpu().double()
+        _add_gram(self.second, values)
 
     def plus(self, other: Moments, weight: float) -> Moments:
         """self + weight · other."""
@@ -51,6 +52,17 @@ class Moments:
     def covariance(self) -> Tensor:
         """Centred second moment, summed (not averaged) over tokens: (..., n, n)."""
         return self.second - self.first.unsqueeze(-1) * self.first.unsqueeze(-2) / self.count
+
+
+def _add_gram(second: Tensor, values: Tensor) -> None:
+    """second += valuesᵀ values; of a large product only the blocks on and above the diagonal are computed."""
+    size = values.shape[-1]
+    for start in range(0, size, _GRAM_BLOCK):
+        rows, columns = slice(start, start + _GRAM_BLOCK), slice(start, size)
+        product = (values[..., rows].transpose(-1, -2) @ values[..., columns]).cpu()
+        second[..., rows, columns] += product
+        below = slice(start + _GRAM_BLOCK, size)
+        second[..., below, rows] += product[..., _GRAM_BLOCK:].transpose(-1, -2)
 
 
 @dataclass
