@@ -104,6 +104,15 @@ Seed = Annotated[int, _option("Seed of the choice of images.", min=0, **_RUN)]
 BatchSize = Annotated[int, _option("Images at once.", min=1, **_RUN)]
 Device = Annotated[str | None, _option("cpu, cuda, mps … (default: the best one here).", **_RUN)]
 Output = Annotated[Path, _option("Folder to write.", show_default=False, **_RUN)]
+MemoryLimit = Annotated[
+    str | None,
+    _option(
+        "Memory that the run may take: where its blocks do not fit at once, they go in groups by several passes, and "
+        "their moments are parked on disk.",
+        metavar="16GB",
+        **_RUN,
+    ),
+]
 Overwrite = Annotated[bool, _option("Replace what an earlier run wrote to the folder.", "--overwrite", **_RUN)]
 Restart = Annotated[bool, _option("Throw away what an unfinished run left and begin anew.", "--restart", **_RUN)]
 Json = Annotated[Path | None, _option("Also write the figures to this file.", metavar="FILE", **_RUN)]
@@ -203,6 +212,7 @@ def compress(
     allow_pickle: AllowPickle = False,
     overwrite: Overwrite = False,
     restart: Restart = False,
+    memory_limit: MemoryLimit = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -214,6 +224,7 @@ def compress(
     from . import tables
     from .checkpoint import check_target
     from .compress import compress as compress_model
+    from .memory import parse_bytes
     from .run_folder import RunFolder
 
     recipe = _recipe(
@@ -250,6 +261,7 @@ def compress(
             allow_pickle=allow_pickle,
             device=device,
             run_folder=folder,
+            memory_limit=parse_bytes(memory_limit) if memory_limit else None,
         )
     except UserError:
         if not goes_on:  # what was refused must not stand in the way of its correction

@@ -1,8 +1,10 @@
 """What compressing costs, in forward passes of the dense model over the same images, and its peak memory.
 
-The models have the shapes of DeiT and ViT and random weights, the images are noise: neither changes the work. Each shape
-runs in a process of its own. Writes compression.json and compression.md into OUTPUT. The huge one on a small machine:
+The models have the shapes of DeiT and ViT and random weights, the images are noise: neither changes the work. Each
+shape runs in a process of its own. Writes compression.json and compression.md into OUTPUT. The large ones on a small
+machine:
 
+    python scripts/bench_compression.py --output OUTPUT --shapes vit-large --images 64 --memory-limit 12GB
     python scripts/bench_compression.py --output OUTPUT --shapes vit-huge --images 64 --memory-limit 20GB
 """
 
@@ -31,6 +33,7 @@ from hf_vit_lowrank.compress import compress
 from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.evaluation import count_parameters, pick_device
 from hf_vit_lowrank.images import open_images
+from hf_vit_lowrank.memory import parse_bytes
 from hf_vit_lowrank.recipe import CompressionRecipe
 
 # Hidden size, layers, heads, patch size.
@@ -54,8 +57,10 @@ def main(
     compensation: Annotated[str, typer.Option(help="Of the recipe.")] = "closed-form",
     device: Annotated[str | None, typer.Option(help="cpu, cuda … (default: the best one here).")] = None,
     threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 2,
+    memory_limit: Annotated[str | None, typer.Option(help="Memory that a run may take.", metavar="16GB")] = None,
 ) -> None:
     """Compress models of several shapes and show what every stage took."""
+    limit = parse_bytes(memory_limit) if memory_limit else None
     rows = []
     for shape in shapes.split(","):
         if shape not in SHAPES:
@@ -66,7 +71,7 @@ def main(
             )
             context = multiprocessing.get_context("spawn")
             with ProcessPoolExecutor(1, mp_context=context) as pool:
-                rows.append(pool.submit(_measured, shape, recipe.to_dict(), device, threads).result())
+                rows.append(pool.submit(_measured, shape, recipe.to_dict(), device, threads, limit).result())
             print(_line(rows[-1]), flush=True)
     output.mkdir(parents=True, exist_ok=True)
     (output / "compression.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
@@ -74,7 +79,9 @@ def main(
     print(_table(rows))
 
 
-def _measured(shape: str, values: dict[str, Any], device: str | None, threads: int) -> dict[str, Any]:
+def _measured(
+    shape: str, values: dict[str, Any], device: str | None, threads: int, limit: int | None
+) -> dict[str, Any]:
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     torch.set_num_threads(threads)
@@ -86,7 +93,12 @@ def _measured(shape: str, values: dict[str, Any], device: str | None, threads: i
         parameters = count_parameters(model)
         del model
         result = compress(
-            str(Path(temporary) / "model"), open_images(str(images), samples=recipe.samples), recipe, device=device
+            str(Path(temporary) / "model"),
+            open_images(str(images), samples=recipe.samples),
+            recipe,
+            device=device,
+            run_folder=Path(temporary) / "run" if limit else None,
+            memory_limit=limit,
         )
         forward = statistics.mean([before, _forward_seconds(_random_model(shape), recipe, device)])
     return {
@@ -96,6 +108,7 @@ def _measured(shape: str, values: dict[str, Any], device: str | None, threads: i
         "reduction": recipe.reduction,
         "device": str(pick_device(device)),
         "threads": threads,
+        "memory_limit": limit,
         "forward_seconds": forward,
         "seconds": result.report["seconds"],
         "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
@@ -145,8 +158,8 @@ def _line(row: dict[str, Any]) -> str:
     passes = {stage: seconds / row["forward_seconds"] for stage, seconds in row["seconds"].items()}
     stages = " | ".join(f"{passes.get(stage, 0.0):.2f}" for stage in STAGES)
     return (
-        f"| {row['shape']} | {row['parameters'] / 1e6:.1f} M | {row['images']} | {row['forward_seconds']:.0f} | {stages} "
-        f"| {sum(passes.values()):.2f} | {row['peak_bytes'] / 1e9:.1f} |"
+        f"| {row['shape']} | {row['parameters'] / 1e6:.1f} M | {row['images']} | {row['forward_seconds']:.0f} "
+        f"| {stages} | {sum(passes.values()):.2f} | {row['peak_bytes'] / 1e9:.1f} |"
     )
 
 
