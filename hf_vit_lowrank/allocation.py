@@ -19,16 +19,24 @@ GREEDY_STEPS = 500
 class ErrorCurve:
     """`errors[k]` is the predicted rise of the loss at inner size k = 0..len-1; each unit of size costs `unit_cost`.
 
-    The largest size is the dense one, with the error of index -1; the least that is chosen is `smallest`.
+    The largest size is the dense one, with the error of index -1; the least that is chosen is `smallest`. `allocate`
+    chooses multiples of `step`, or the largest size.
     """
 
     errors: np.ndarray
     unit_cost: int
     smallest: int = SMALLEST_SIZE
+    step: int = 1
 
     @property
     def largest(self) -> int:
         return len(self.errors) - 1
+
+    @property
+    def sizes(self) -> list[int]:
+        """All that may be chosen, ascending."""
+        first = -(-self.smallest // self.step) * self.step
+        return [*range(first, self.largest, self.step), self.largest]
 
 
 class ImpossibleBudgetError(Exception):
@@ -43,13 +51,13 @@ def allocate(curves: Sequence[ErrorCurve], budget: int) -> list[int]:
     """Sizes with the least sum of errors whose costs stay within `budget`.
 
     Each curve is walked along its lower convex hull, the steepest saving per cost first (the Lagrangian solution,
-    optimal for the hulls whenever the budget ends on a step); what is left goes to single units of the best saving.
+    optimal for the hulls whenever the budget ends on a step); what is left goes to single steps of the best saving.
 
     Raises:
         ImpossibleBudgetError: even the smallest sizes cost more.
     """
-    sizes = [curve.smallest for curve in curves]
-    left = budget - sum(curve.smallest * curve.unit_cost for curve in curves)
+    sizes = [curve.sizes[0] for curve in curves]
+    left = budget - sum(size * curve.unit_cost for size, curve in zip(sizes, curves, strict=True))
     if left < 0:
         raise ImpossibleBudgetError(budget - left)
     steps = [(-slope, piece, size) for piece, curve in enumerate(curves) for slope, size in _hull_steps(curve)]
@@ -63,8 +71,9 @@ def allocate(curves: Sequence[ErrorCurve], budget: int) -> list[int]:
 
 def _hull_steps(curve: ErrorCurve) -> list[tuple[float, int]]:
     """(saving per cost, size reached) of each edge of the lower convex hull, savings falling."""
-    corners = [curve.smallest]
-    for size in range(curve.smallest + 1, curve.largest + 1):
+    first, *rest = curve.sizes
+    corners = [first]
+    for size in rest:
         while len(corners) > 1 and _saving(curve, corners[-2], corners[-1]) <= _saving(curve, corners[-1], size):
             corners.pop()
         corners.append(size)
@@ -76,18 +85,19 @@ def _saving(curve: ErrorCurve, smaller: int, larger: int) -> float:
 
 
 def _spend(curves: Sequence[ErrorCurve], sizes: list[int], left: int) -> list[int]:
-    """Add single units, the best saving per cost first, as long as one fits."""
+    """Add single steps, the best saving per cost first, as long as one fits."""
     while True:
-        best, chosen = -1.0, None
+        best, chosen, reached = -1.0, None, 0
         for piece, curve in enumerate(curves):
-            if sizes[piece] < curve.largest and curve.unit_cost <= left:
-                saving = _saving(curve, sizes[piece], sizes[piece] + 1)
+            size = min((sizes[piece] // curve.step + 1) * curve.step, curve.largest)
+            if sizes[piece] < size and (size - sizes[piece]) * curve.unit_cost <= left:
+                saving = _saving(curve, sizes[piece], size)
                 if saving > best:
-                    best, chosen = saving, piece
+                    best, chosen, reached = saving, piece, size
         if chosen is None:
             return sizes
-        sizes[chosen] += 1
-        left -= curves[chosen].unit_cost
+        left -= (reached - sizes[chosen]) * curves[chosen].unit_cost
+        sizes[chosen] = reached
 
 
 def energy_greedy(curves: Sequence[ErrorCurve], budget: int) -> list[int]:

@@ -96,11 +96,23 @@ DistillLr = Annotated[float, _option("Peak learning rate of distillation.")]
 Labels = Annotated[bool, _option("Let distillation learn from the labels as well.", "--labels")]
 Smoke = Annotated[bool, _option("A few steps of distillation only, to see that everything works.", "--smoke")]
 QueryKeyWeight = Annotated[float, _option("Factor on the error curves of query and key, which predict too little.")]
+RankMultiple = Annotated[
+    int, _option("Inner sizes of a layer are multiples of this, which matrix products want; 1 leaves them free.", min=1)
+]
 
 Seed = Annotated[int, _option("Seed of the choice of images.", min=0, **_RUN)]
 BatchSize = Annotated[int, _option("Images at once.", min=1, **_RUN)]
 Device = Annotated[str | None, _option("cpu, cuda, mps … (default: the best one here).", **_RUN)]
 Output = Annotated[Path, _option("Folder to write.", show_default=False, **_RUN)]
+MemoryLimit = Annotated[
+    str | None,
+    _option(
+        "Memory that the run may take: where its blocks do not fit at once, they go in groups by several passes, and "
+        "their moments are parked on disk.",
+        metavar="16GB",
+        **_RUN,
+    ),
+]
 Overwrite = Annotated[bool, _option("Replace what an earlier run wrote to the folder.", "--overwrite", **_RUN)]
 Restart = Annotated[bool, _option("Throw away what an unfinished run left and begin anew.", "--restart", **_RUN)]
 Json = Annotated[Path | None, _option("Also write the figures to this file.", metavar="FILE", **_RUN)]
@@ -192,6 +204,7 @@ def compress(
     labels: Labels = False,
     smoke: Smoke = False,
     query_key_weight: QueryKeyWeight = 4.0,
+    rank_multiple: RankMultiple = 8,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     device: Device = None,
@@ -199,6 +212,7 @@ def compress(
     allow_pickle: AllowPickle = False,
     overwrite: Overwrite = False,
     restart: Restart = False,
+    memory_limit: MemoryLimit = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -210,6 +224,7 @@ def compress(
     from . import processes, progress, tables
     from .checkpoint import check_target
     from .compress import compress as compress_model
+    from .memory import parse_bytes
     from .run_folder import RunFolder
 
     recipe = _recipe(
@@ -227,6 +242,7 @@ def compress(
         batch_size=batch_size,
         seed=seed,
         query_key_weight=query_key_weight,
+        rank_multiple=rank_multiple,
     )
     _refuse_source(output, source)
     check_target(output, 0, overwrite=overwrite)
@@ -248,6 +264,7 @@ def compress(
             allow_pickle=allow_pickle,
             device=device,
             run_folder=folder,
+            memory_limit=parse_bytes(memory_limit) if memory_limit else None,
         )
     except UserError:
         if not goes_on and processes.is_main():  # what was refused must not stand in the way of its correction
@@ -276,6 +293,7 @@ def plan(
     cost: Cost = "parameters",
     compensation: Compensation = None,
     query_key_weight: QueryKeyWeight = 4.0,
+    rank_multiple: RankMultiple = 8,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     device: Device = None,
@@ -300,6 +318,7 @@ def plan(
         batch_size=batch_size,
         seed=seed,
         query_key_weight=query_key_weight,
+        rank_multiple=rank_multiple,
     )
     _check_file(json)
     images = _calibration_images(calibration, config, split, image_column, recipe)
@@ -334,6 +353,7 @@ def sweep(
     distill_lr: DistillLr = 3e-4,
     labels: Labels = False,
     query_key_weight: QueryKeyWeight = 4.0,
+    rank_multiple: RankMultiple = 8,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     device: Device = None,
@@ -361,6 +381,7 @@ def sweep(
         batch_size=batch_size,
         seed=seed,
         query_key_weight=query_key_weight,
+        rank_multiple=rank_multiple,
     )
     _refuse_source(output, source)
     _check_folder(output, overwrite)

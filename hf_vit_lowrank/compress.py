@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,12 @@ from .dense import DenseSource, dense_parameters, load_dense
 from .errors import UserError
 from .evaluation import class_of_label, count_flops, count_parameters, pick_device
 from .images import ImageStream, Share, open_images, pixel_batches
+from .memory import memory_plan
 from .model_card import model_card
 from .precision import half_precision
 from .presets import PRESETS
 from .presets.inputs import PresetInputs
-from .progress import track
+from .progress import say, track
 from .rank_plan import RankPlan, budgeted_ranks, plan_cost
 from .recipe import OURS, CompressionRecipe
 from .remote.configuration_lowrank_vit import LowRankViTConfig
@@ -97,21 +98,29 @@ class Calibrated:
     fitting: list[Tensor]
     held_back: list[Tensor]
     expected: Tensor
-    statistics: list[BlockStatistics]
+    statistics: Sequence[BlockStatistics]
     calibration: dict[str, Any]
     seed: int
     seconds: dict[str, float]
+    parking: RunFolder = NOWHERE
 
     @cached_property
-    def candidates(self) -> list[BlockCandidates]:
-        """Error curves and what they come from, one per block."""
-        model = self.dense.model
-        blocks: Any = list(zip(model.vit.blocks, self.statistics, strict=True))
+    def candidates(self) -> Sequence[BlockCandidates]:
+        """Error curves and what they come from, one per block; on disk where memory is limited."""
+        layers = range(self.dense.model.config.num_hidden_layers)
         with _timed(self.seconds, "candidates"):
-            own = processes.share(blocks)
-            made = [block_candidates(*block) for block in track(own, "Error curves", len(own), "blocks")]
-            shares = processes.gather(made)
-            return [shares[layer % len(shares)][layer // len(shares)] for layer in range(len(blocks))]
+            own = processes.share(layers)
+            blocks = track(own, "Error curves", len(own), "blocks")
+            if self.parking is NOWHERE:
+                shares = processes.gather([self._candidates(layer) for layer in blocks])
+                return [shares[layer % len(shares)][layer // len(shares)] for layer in layers]
+            for layer in blocks:
+                self.parking.stage(f"candidates-{layer}", partial(self._candidates, layer))
+            return self.parking.parked([f"candidates-{layer}" for layer in layers])
+
+    def _candidates(self, layer: int) -> BlockCandidates:
+        block: Any = self.dense.model.vit.blocks[layer]
+        return block_candidates(block, self.statistics[layer])
 
     @cached_property
     def presets(self) -> PresetInputs:
@@ -133,15 +142,17 @@ def compress(
     allow_pickle: bool = False,
     device: str | None = None,
     run_folder: Path | None = None,
+    memory_limit: int | None = None,
 ) -> CompressionResult:
     """Compress a ViT/DeiT classifier (folder or hub id) by `recipe`, calibrated on images without labels.
 
     calibration: where the images are (see `open_images`), or an opened stream. run_folder: where finished stages are
     kept, from which the same call goes on if it died, with the same bits in the end; it is the caller's to delete.
-    None keeps nothing.
+    None keeps nothing. memory_limit: bytes that the process may take; the moments of the blocks are then collected in
+    groups by several passes and parked in `run_folder`, which is needed.
 
     Raises:
-        UserError: a source, data set or target that cannot be used; a `run_folder` of a run with other inputs.
+        UserError: a source, data set, target or limit that cannot be used; a `run_folder` of a run with other inputs.
         RunError: the calibration data were empty or the model overflows on them.
     """
     processes.join()
@@ -157,6 +168,7 @@ def compress(
         allow_pickle=allow_pickle,
         device=device,
         run=run,
+        memory_limit=memory_limit,
     )
     if measured:
         return _smallest_agreeing(calibrated, recipe, run)
@@ -206,6 +218,7 @@ def calibrate(
     allow_pickle: bool = False,
     device: str | None = None,
     run: RunFolder = NOWHERE,
+    memory_limit: int | None = None,
 ) -> Calibrated:
     """Everything that does not depend on the size: load, embed the images, collect statistics, draw the error curves.
 
@@ -220,6 +233,12 @@ def calibrate(
         torch.nn.Module.to(dense.model, processes.device() if processes.count() > 1 else pick_device(device))
         if recipe.min_agreement is None:
             _limit(dense, recipe)  # a model to match that cannot be read is found before the long work
+    if memory_limit is not None and run.folder is None:
+        raise UserError("A memory limit needs a run folder, where the moments are parked.")
+    if memory_limit is not None and processes.count() > 1:
+        raise UserError("A memory limit is for one process: start it without accelerate launch.")
+    memory = memory_plan(dense.model.config, recipe.samples, recipe.batch_size, memory_limit)
+    say(f"Memory: about {memory.peak / 1e9:.1f} GB, {memory.passes} passes over the images for the statistics")
     run.require(
         recipe=recipe.to_dict(),
         source=_source(dense),
@@ -237,7 +256,14 @@ def calibrate(
     image_sha256 = _joint_sha256(own)
     run.require(image_sha256=image_sha256)
     with _timed(seconds, "statistics"):
-        statistics = run.stage("statistics", lambda: _statistics(dense, fitting, recipe.seed))
+        statistics: Sequence[BlockStatistics]
+        if memory_limit is None:
+            statistics = run.stage("statistics", lambda: _statistics(dense, fitting, recipe.seed, None))
+            parking = NOWHERE
+        else:
+            parking = run.part("blocks")
+            fitting = [part for batch in fitting for part in batch.split(memory.batch_size)]
+            statistics = _parked_statistics(dense, fitting, recipe.seed, memory.group, parking)
     about = {
         **calibration.description,
         "images": int(processes.total(sum(map(len, fitting + held_back)))),
@@ -245,14 +271,30 @@ def calibrate(
         "processes": processes.count(),
     }
     return Calibrated(
-        dense, calibration, fitting, held_back, expected, statistics, about, seed=recipe.seed, seconds=seconds
+        *(dense, calibration, fitting, held_back, expected, statistics, about),
+        seed=recipe.seed,
+        seconds=seconds,
+        parking=parking,
     )
 
 
-def _statistics(dense: DenseSource, embeddings: list[Tensor], seed: int) -> list[BlockStatistics]:
+def _parked_statistics(
+    dense: DenseSource, embeddings: list[Tensor], seed: int, group: int, parking: RunFolder
+) -> Sequence[BlockStatistics]:
+    """Collected for `group` blocks at a time, and read from disk whenever they are needed."""
+    layers = range(dense.model.config.num_hidden_layers)
+    for start in layers[::group]:
+        chosen = layers[start : start + group]
+        if not all(parking.has(f"statistics-{layer}") for layer in chosen):
+            for layer, moments in zip(chosen, _statistics(dense, embeddings, seed, chosen), strict=True):
+                parking.save(f"statistics-{layer}", moments)
+    return parking.parked([f"statistics-{layer}" for layer in layers])
+
+
+def _statistics(dense: DenseSource, embeddings: list[Tensor], seed: int, layers: range | None) -> list[BlockStatistics]:
     batches = track(embeddings, "Statistics", sum(map(len, embeddings)), size=len)
     half = dense.model.device.type == "cuda" and half_precision(dense.model.device)
-    return collect_statistics(dense.model, batches, seed, torch.bfloat16 if half else torch.float32)
+    return collect_statistics(dense.model, batches, seed, torch.bfloat16 if half else torch.float32, layers)
 
 
 def build(calibrated: Calibrated, recipe: CompressionRecipe, *, run: RunFolder = NOWHERE) -> CompressionResult:
@@ -398,7 +440,9 @@ def _labels(calibrated: Calibrated) -> list[int]:
 def _ranks(calibrated: Calibrated, recipe: CompressionRecipe) -> RankPlan:
     config = calibrated.dense.model.config
     limit = _limit(calibrated.dense, recipe)
-    return budgeted_ranks(calibrated.candidates, config, limit, recipe.cost, recipe.query_key_weight)
+    return budgeted_ranks(
+        calibrated.candidates, config, limit, recipe.cost, recipe.query_key_weight, recipe.rank_multiple
+    )
 
 
 def _limit(dense: DenseSource, recipe: CompressionRecipe) -> int:

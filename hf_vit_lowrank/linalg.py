@@ -24,8 +24,14 @@ def square_root(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def ridge_solve(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
     """Least squares: the map (m, n) from inputs of covariance (n, n) to targets, cross (n, m) = Cov(inputs, targets).
 
-    By eigh, so that dead and dependent inputs get zero or shared weights instead of an error.
+    Dead and dependent inputs get zero or shared weights. By Cholesky, at a tenth of the time of eigh, which takes over
+    where rounding has left the covariance with negative eigenvalues beyond the ridge.
     """
-    values, vectors = torch.linalg.eigh(covariance)
     floor = (max(ridge, RELATIVE_FLOOR) * covariance.diagonal().mean()).clamp_min(_SMALLEST_FLOOR)
+    ridged = covariance.clone()
+    ridged.diagonal().add_(floor)
+    factor, failed = torch.linalg.cholesky_ex(ridged)
+    if not failed and factor.diagonal().square().min() > floor / 2:
+        return torch.cholesky_solve(cross, factor).mT
+    values, vectors = torch.linalg.eigh(covariance)
     return ((vectors / (values.clamp_min(0.0) + floor)) @ (vectors.mT @ cross)).mT

@@ -34,6 +34,12 @@ class _Quiet:
         _quiet.reset(self._token)
 
 
+def say(line: str) -> None:
+    """A line on stderr, unless quiet."""
+    if not _quiet.get():
+        print(line, file=sys.stderr)
+
+
 class _RateColumn(ProgressColumn):
     """Units per second."""
 

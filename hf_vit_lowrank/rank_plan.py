@@ -41,9 +41,15 @@ class RankPlan:
 
 
 def choose_ranks(
-    candidates: Sequence[BlockCandidates], costs: Sequence[UnitCosts], budget: int, query_key_weight: float
+    candidates: Sequence[BlockCandidates],
+    costs: Sequence[UnitCosts],
+    budget: int,
+    query_key_weight: float,
+    multiple: int,
 ) -> RankPlan:
     """The plan with the least predicted loss whose pieces cost at most `budget` (the rest of the model not counted).
+
+    multiple: what the sizes of a layer, heads taken together, are multiples of; but a bypass is small, and free.
 
     What a bypass gains depends on the width beside it: after a first plan without, each of a few rounds offers the
     allocator the bypasses that go with the widths of the round before. The best of all plans is taken.
@@ -51,12 +57,12 @@ def choose_ranks(
     Raises:
         ImpossibleBudgetError: the smallest sizes cost more.
     """
-    per_block = [block.curves(cost, query_key_weight) for block, cost in zip(candidates, costs, strict=True)]
+    per_block = [block.curves(cost, query_key_weight, multiple) for block, cost in zip(candidates, costs, strict=True)]
     bypasses, plans = [_NO_BYPASS] * len(per_block), []
     for _ in range(BYPASS_ROUNDS + 1):
         pieces = _allocated(per_block, bypasses, budget)
         bypasses = [
-            block.bypass_curve(own[-2], cost) for block, cost, own in zip(candidates, costs, pieces, strict=True)
+            block.bypass_curve(own[2], cost) for block, cost, own in zip(candidates, costs, pieces, strict=True)
         ]
         plans.append(_plan(candidates, per_block, bypasses, pieces))
     return min(plans, key=lambda plan: plan.predicted_loss)
@@ -83,18 +89,25 @@ def _plan(
         loss += sum(float(curve.errors[size]) for curve, size in zip(curves, own[:-1], strict=True))
         loss -= float(bypass.errors[0] - bypass.errors[min(own[-1], bypass.largest)])
     return RankPlan(
-        query_key_ranks=[list(own[:-3]) for own in pieces],
-        value_output_ranks=[
-            candidate.value_output.head_ranks(own[-3]) for candidate, own in zip(candidates, pieces, strict=True)
+        query_key_ranks=[
+            candidate.query_key.head_ranks(own[0]) for candidate, own in zip(candidates, pieces, strict=True)
         ],
-        mlp_widths=[own[-2] for own in pieces],
-        bypass_ranks=[own[-1] for own in pieces],
+        value_output_ranks=[
+            candidate.value_output.head_ranks(own[1]) for candidate, own in zip(candidates, pieces, strict=True)
+        ],
+        mlp_widths=[own[2] for own in pieces],
+        bypass_ranks=[own[3] for own in pieces],
         predicted_loss=loss,
     )
 
 
 def budgeted_ranks(
-    candidates: Sequence[BlockCandidates], config: LowRankViTConfig, limit: int, cost: str, query_key_weight: float
+    candidates: Sequence[BlockCandidates],
+    config: LowRankViTConfig,
+    limit: int,
+    cost: str,
+    query_key_weight: float,
+    multiple: int,
 ) -> RankPlan:
     """The plan for a whole model of at most `limit` parameters or FLOPs.
 
@@ -103,7 +116,7 @@ def budgeted_ranks(
     """
     costs, fixed = model_costs(config, cost)
     try:
-        return choose_ranks(candidates, costs, limit - fixed, query_key_weight)
+        return choose_ranks(candidates, costs, limit - fixed, query_key_weight, multiple)
     except ImpossibleBudgetError as error:
         raise UserError(
             f"At most {limit:,} {cost} cannot be reached: with the smallest ranks this model still has "

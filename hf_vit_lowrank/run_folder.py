@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from . import processes
+from .candidates.block import BlockCandidates
+from .candidates.elimination import Elimination
+from .candidates.query_key import QueryKeyCandidate, QueryKeyLayer
+from .candidates.value_output import ValueOutputCandidate
 from .errors import RunError, UserError, reason
 from .statistics import BlockStatistics, Moments, TokenGroups
 
@@ -19,7 +23,10 @@ Result = TypeVar("Result")
 
 _INPUTS = "run.json"
 # Besides tensors and plain values, stages may hold these and nothing else: reading a run folder never runs code.
-_STORED: list[Any] = [BlockStatistics, TokenGroups, Moments]
+_STORED: list[Any] = [
+    *(BlockStatistics, TokenGroups, Moments),
+    *(BlockCandidates, QueryKeyLayer, QueryKeyCandidate, ValueOutputCandidate, Elimination),
+]
 
 
 class RunFolder:
@@ -82,6 +89,10 @@ class RunFolder:
         self.save(name, result)
         return result
 
+    def parked(self, names: Sequence[str]) -> Sequence[Any]:
+        """Results of finished stages, read from disk one at a time, each time one is asked for."""
+        return _Parked(self, names)
+
     def remove(self) -> None:
         """Throw the run away. Raises UserError where the folder holds something else than a run."""
         if self.folder is None or not self.folder.exists():
@@ -111,6 +122,17 @@ class RunFolder:
                 f"The run folder '{self.folder}' could not be written to ({reason(error)}): make room, then give the "
                 "same command again, which goes on from here."
             ) from error
+
+
+class _Parked(Sequence[Any]):
+    def __init__(self, run: RunFolder, names: Sequence[str]):
+        self.run, self.names = run, names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.run.load(self.names[index])
 
 
 def _read_inputs(folder: Path) -> dict[str, Any]:

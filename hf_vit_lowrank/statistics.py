@@ -6,7 +6,7 @@ that no input moment of the whole hidden size is needed. All sums run over token
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from .remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClas
 
 # Read tokens get weight 1. Other tokens get at least this, or a block would be fitted to one token an image alone.
 SMALLEST_TOKEN_WEIGHT = 0.002
+_GRAM_BLOCK = 512
 
 
 @dataclass
@@ -37,7 +38,7 @@ class Moments:
         """values: (..., tokens, n), one leading shape as in `zeros`."""
         self.count += values.shape[-2]
         self.first += values.sum(-2).cpu().double()
-        self.second += (values.transpose(-1, -2) @ values).cpu().double()
+        _add_gram(self.second, values)
 
     def plus(self, other: Moments, weight: float) -> Moments:
         """self + weight · other."""
@@ -52,6 +53,17 @@ class Moments:
     def covariance(self) -> Tensor:
         """Centred second moment, summed (not averaged) over tokens: (..., n, n)."""
         return self.second - self.first.unsqueeze(-1) * self.first.unsqueeze(-2) / self.count
+
+
+def _add_gram(second: Tensor, values: Tensor) -> None:
+    """second += valuesᵀ values; of a large product only the blocks on and above the diagonal are computed."""
+    size = values.shape[-1]
+    for start in range(0, size, _GRAM_BLOCK):
+        rows, columns = slice(start, start + _GRAM_BLOCK), slice(start, size)
+        product = (values[..., rows].transpose(-1, -2) @ values[..., columns]).cpu()
+        second[..., rows, columns] += product
+        below = slice(start + _GRAM_BLOCK, size)
+        second[..., below, rows] += product[..., _GRAM_BLOCK:].transpose(-1, -2)
 
 
 @dataclass
@@ -147,10 +159,12 @@ def collect_statistics(
     embeddings: Iterable[Tensor],
     seed: int = 0,
     precision: torch.dtype = torch.float32,
+    layers: range | None = None,
 ) -> list[BlockStatistics]:
     """One pass forward and backward over batches of embeddings (images, tokens, d); one result per block.
 
-    Each process of several gives its own batches, every process gets the sums.
+    Each process of several gives its own batches, every process gets the sums. layers: the blocks wanted, one after the
+    other, all if None. The same batches and seed give the same results.
 
     The loss is the cross-entropy against a label drawn from the model's own prediction, so the gradients are those of
     the true Fisher information and no labels are needed. With `precision` bfloat16 the pass runs under autocast; the
@@ -160,10 +174,9 @@ def collect_statistics(
         RunError: no image came, or a gradient is not finite.
     """
     config = model.config
+    layers = range(config.num_hidden_layers) if layers is None else layers
     heads, head_size = config.num_attention_heads, config.query_key_ranks[0][0]
-    statistics = [
-        BlockStatistics.zeros(heads, head_size, config.hidden_size, config.intermediate_size) for _ in model.vit.blocks
-    ]
+    statistics = [BlockStatistics.zeros(heads, head_size, config.hidden_size, config.intermediate_size) for _ in layers]
     generator = torch.Generator().manual_seed(seed)
     for number, batch in enumerate(embeddings):
         if number == 0:
@@ -171,7 +184,7 @@ def collect_statistics(
         _skip_draws(generator, others * whole_batch, config.num_labels or 0)
         others = processes.count() - 1
         for block_statistics, trace in zip(
-            statistics, _traced_backward(model, batch, generator, precision), strict=True
+            statistics, _traced_backward(model, batch, generator, precision, layers), strict=True
         ):
             _add(block_statistics, trace, config.num_tokens_read)
     if statistics[0].images == 0:
@@ -213,24 +226,32 @@ class _Trace:
 
 
 def _traced_backward(
-    model: LowRankViTForImageClassification, embeddings: Tensor, generator: torch.Generator, precision: torch.dtype
+    model: LowRankViTForImageClassification,
+    embeddings: Tensor,
+    generator: torch.Generator,
+    precision: torch.dtype,
+    layers: range,
 ) -> Iterator[_Trace]:
-    stream = embeddings.detach().to(model.device).requires_grad_(True)
+    """Of the blocks in `layers`; gradients go no deeper than the first of them."""
+    stream = embeddings.detach().to(model.device)
     traces = []
     blocks: Any = model.vit.blocks
     with torch.autocast(stream.device.type, precision, enabled=precision != torch.float32):
-        for block in blocks:
+        for layer, block in enumerate(blocks):
+            if layer == layers.start:
+                stream.requires_grad_(True)
             trace = _traced_block(block, stream)
-            traces.append(trace)
+            if layer in layers:
+                traces.append(trace)
             stream = trace.after_mlp
-    _require_finite([trace.after_mlp for trace in traces], "activations")
+            _require_finite(stream, "activations", layer)
     logits = model.classify(model.vit.norm(stream))[0].float()
     loss = drawn_label_loss(logits, generator)
     watched = [t for trace in traces for t in (trace.scores, trace.after_attention, trace.after_mlp)]
     gradients = torch.autograd.grad(loss, watched)
-    _require_finite(gradients[2::3], "gradients")
-    for layer, trace in enumerate(traces):
-        trace.gradients = gradients[3 * layer : 3 * layer + 3]
+    for index, (layer, trace) in enumerate(zip(layers, traces, strict=True)):
+        trace.gradients = gradients[3 * index : 3 * index + 3]
+        _require_finite(trace.gradients[2], "gradients", layer)
         yield trace
 
 
@@ -243,10 +264,9 @@ def drawn_label_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
     return torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
 
 
-def _require_finite(per_block: Sequence[Tensor], what: str) -> None:
-    for layer, values in enumerate(per_block):
-        if not torch.isfinite(values).all():
-            raise RunError(f"The {what} of block {layer} are not finite: the source model overflows on these images.")
+def _require_finite(values: Tensor, what: str, layer: int) -> None:
+    if not torch.isfinite(values).all():
+        raise RunError(f"The {what} of block {layer} are not finite: the source model overflows on these images.")
 
 
 def _traced_block(block: LowRankViTBlock, stream: Tensor) -> _Trace:

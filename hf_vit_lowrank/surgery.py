@@ -98,7 +98,7 @@ def _shrink_attention(
     if attention.query_key_ranks != source.query_key_ranks:
         maps = [
             candidate.maps(rank)
-            for candidate, rank in zip(candidates.query_key, attention.query_key_ranks, strict=True)
+            for candidate, rank in zip(candidates.query_key.heads, attention.query_key_ranks, strict=True)
         ]
         query_map, key_map = (torch.block_diag(*side) for side in zip(*maps, strict=True))
         query, key = query_map @ query, key_map @ key

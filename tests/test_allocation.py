@@ -72,6 +72,18 @@ def test_a_bend_in_a_curve_is_jumped():
     assert allocate([bent, straight], 4) == [3, 1]
 
 
+@given(st.lists(convex_curves(), min_size=1, max_size=5), st.integers(60, 120), st.integers(2, 3))
+@settings(max_examples=50, deadline=None)
+def test_sizes_are_multiples_or_whole(curves, budget, step):
+    stepped = [ErrorCurve(curve.errors, curve.unit_cost, step=step) for curve in curves]
+    least = total_cost(stepped, [min(step, curve.largest) for curve in stepped])
+    if least > budget:
+        return
+    sizes = allocate(stepped, budget)
+    assert total_cost(stepped, sizes) <= budget
+    assert all(size % step == 0 or size == curve.largest for curve, size in zip(stepped, sizes, strict=True))
+
+
 def test_impossible_budget_says_what_the_smallest_sizes_cost():
     with pytest.raises(ImpossibleBudgetError) as error:
         allocate([ErrorCurve(np.array([2.0, 1.0]), 5), ErrorCurve(np.array([2.0, 1.0]), 7)], 11)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_vit_lowrank.candidates.elimination import eliminate
-from hf_vit_lowrank.candidates.query_key import query_key_candidate
+from hf_vit_lowrank.candidates.query_key import query_key_candidate, query_key_layer
 from hf_vit_lowrank.candidates.value_output import value_output_candidate
 from hf_vit_lowrank.linalg import ridge_solve, square_root
 
@@ -61,6 +61,21 @@ def test_query_key_of_rank_deficient_moments_is_exact_at_their_rank():
     assert score_change(query_map.mT @ key_map, queries, keys) < 1e-9 * float(candidate.errors[0])
     assert torch.isfinite(candidate.query_map).all()
     assert torch.isfinite(candidate.key_map).all()
+
+
+def test_the_heads_of_a_layer_share_a_size_in_the_best_way():
+    generator = torch.Generator().manual_seed(0)
+    heads = [query_key_candidate(random_moment(generator, 4), random_moment(generator, 4)) for _ in range(3)]
+    scales = [1.0, 10.0, 0.1]
+    layer = query_key_layer(heads, scales)
+    for size in range(3, 13):
+        splits = [ranks for ranks in product(range(1, 5), repeat=3) if sum(ranks) == size]
+        errors = {
+            ranks: sum(scale * float(head.errors[rank]) for head, scale, rank in zip(heads, scales, ranks, strict=True))
+            for ranks in splits
+        }
+        assert float(layer.errors[size]) == pytest.approx(min(errors.values()), rel=1e-9, abs=1e-12)
+        assert errors[tuple(layer.head_ranks(size))] == pytest.approx(float(layer.errors[size]), rel=1e-9, abs=1e-12)
 
 
 def refit_error(weight, covariance, metric, kept) -> float:

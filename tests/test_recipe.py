@@ -65,6 +65,7 @@ def test_every_preset_can_be_built_and_brings_its_own_compensation():
         {"reduction": 0.5, "batch_size": 0},
         {"reduction": 0.5, "seed": -1},
         {"reduction": 0.5, "query_key_weight": float("inf")},
+        {"reduction": 0.5, "rank_multiple": 0},
     ],
 )
 def test_nonsense_is_refused(values):

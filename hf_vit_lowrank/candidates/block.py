@@ -13,7 +13,7 @@ from ..statistics import BlockStatistics, TokenGroups, token_weight
 from .bypass import BypassCandidate, bypass_candidate
 from .elimination import Elimination
 from .mlp_width import mlp_width_candidate
-from .query_key import QueryKeyCandidate, query_key_candidate
+from .query_key import QueryKeyLayer, query_key_candidate, query_key_layer
 from .value_output import ValueOutputCandidate, value_output_candidate
 
 # Value-output curves predict too little as well. Chosen on held-back calibration images of DeiT-tiny: at -60 % the KL
@@ -33,30 +33,29 @@ class UnitCosts:
 
 @dataclass(frozen=True)
 class BlockCandidates:
-    """query_key: one per head; value_output: one per layer; width: the MLP's units; `bypass` around those kept.
+    """query_key, value_output: of all heads; width: the MLP's units; `bypass` around those kept.
 
     down_weight (d, w), mlp_covariance (w + d, w + d) and mlp_metric (d, d) are what bypasses are made from.
     """
 
-    query_key: list[QueryKeyCandidate]
+    query_key: QueryKeyLayer
     value_output: ValueOutputCandidate
     width: Elimination
-    query_key_scales: list[float]
     down_weight: Tensor
     mlp_covariance: Tensor
     mlp_metric: Tensor
     reads_all_tokens: bool
 
-    def curves(self, costs: UnitCosts, query_key_weight: float) -> list[ErrorCurve]:
-        """The heads' query-key curves, the value-output curve, the width curve; half a squared gradient is a loss."""
-        scores = [
-            ErrorCurve((0.5 * query_key_weight * scale * candidate.errors).numpy(), costs.query_key)
-            for candidate, scale in zip(self.query_key, self.query_key_scales, strict=True)
+    def curves(self, costs: UnitCosts, query_key_weight: float, multiple: int) -> list[ErrorCurve]:
+        """Of query-key, value-output and width, in sizes of a multiple; half a squared gradient is a loss."""
+        heads = len(self.query_key.heads)
+        query_key = 0.5 * query_key_weight * self.query_key.errors
+        value_output = 0.5 * VALUE_OUTPUT_WEIGHT * self.value_output.elimination.errors
+        return [
+            ErrorCurve(query_key.numpy(), costs.query_key, smallest=heads, step=multiple),
+            ErrorCurve(value_output.numpy(), costs.value_output, step=multiple),
+            ErrorCurve((0.5 * self.width.errors).numpy(), costs.width, step=multiple),
         ]
-        value_output = ErrorCurve(
-            (0.5 * VALUE_OUTPUT_WEIGHT * self.value_output.elimination.errors).numpy(), costs.value_output
-        )
-        return [*scores, value_output, ErrorCurve((0.5 * self.width.errors).numpy(), costs.width)]
 
     def bypass(self, width: int) -> BypassCandidate:
         """Beside this many hidden units."""
@@ -84,12 +83,16 @@ def block_candidates(block: LowRankViTBlock, statistics: BlockStatistics) -> Blo
     queries = statistics.query.weighted(attention_weight)
     down_weight = block.mlp.down.weight.detach().cpu()
     mlp_covariance = statistics.mlp.weighted(mlp_weight).covariance() / images
+    scales = statistics.score_gradient * images / (queries.count * statistics.query.count)
     mlp_metric, width = output_metric(statistics.mlp_gradient, mlp_weight), down_weight.shape[1]
     return BlockCandidates(
-        query_key=[
-            query_key_candidate(query / images, key / images)
-            for query, key in zip(queries.second, statistics.key, strict=True)
-        ],
+        query_key=query_key_layer(
+            [
+                query_key_candidate(query / images, key / images)
+                for query, key in zip(queries.second, statistics.key, strict=True)
+            ],
+            scales.tolist(),
+        ),
         value_output=value_output_candidate(
             block.attention.output.weight.detach().cpu(),
             statistics.context.weighted(attention_weight).covariance() / images,
@@ -97,7 +100,6 @@ def block_candidates(block: LowRankViTBlock, statistics: BlockStatistics) -> Blo
             heads,
         ),
         width=mlp_width_candidate(down_weight, mlp_covariance[:width, :width], mlp_metric),
-        query_key_scales=(statistics.score_gradient * images / (queries.count * statistics.query.count)).tolist(),
         down_weight=down_weight,
         mlp_covariance=mlp_covariance,
         mlp_metric=mlp_metric,

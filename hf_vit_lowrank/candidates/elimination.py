@@ -2,7 +2,8 @@
 
 The map y = W x, x with covariance C, error in a metric Γ on y: removing input j and refitting the others costs
 ‖Γ^½ W_j‖² / (C⁻¹)_jj and updates W and C⁻¹ by one outer product (Hassibi and Stork 1993, eq. 5). Both updates are kept
-pending and applied in blocks by one matrix product, so the whole sweep runs at the speed of matrix products.
+pending and applied in blocks by one matrix product, after which the inputs that are gone are left out of both, so the
+whole sweep runs at the speed of matrix products.
 """
 
 from __future__ import annotations
@@ -38,17 +39,17 @@ def eliminate(weight: Tensor, covariance: Tensor, root: Tensor, ridge: float) ->
     size = weight.shape[1]
     values = root @ weight
     inverse = ridge_solve(covariance, torch.eye(size, dtype=torch.float64), ridge)
-    alive = torch.ones(size, dtype=torch.bool)
+    names, gone = torch.arange(size), torch.zeros(size, dtype=torch.bool)
     norms, pivots = values.square().sum(0), inverse.diagonal().clone()
     order, steps = [], []
     rows, directions = inverse.new_zeros(_BLOCK, size), inverse.new_zeros(_BLOCK, values.shape[0])
     pending = 0
     for _ in range(size):
-        cost = torch.where(alive, norms / pivots, torch.inf)
+        cost = (norms / pivots).masked_fill_(gone, torch.inf)
         chosen = int(cost.argmin())
-        order.append(chosen)
+        order.append(int(names[chosen]))
         steps.append(float(cost[chosen]))
-        alive[chosen] = False
+        gone[chosen] = True
         # The chosen row of the current inverse and column of the current weight, pending updates included.
         scale = pivots[chosen].sqrt()
         past, past_directions = rows[:pending], directions[:pending]
@@ -60,8 +61,11 @@ def eliminate(weight: Tensor, covariance: Tensor, root: Tensor, ridge: float) ->
         rows[pending], directions[pending] = row, direction
         pending += 1
         if pending == _BLOCK:
-            inverse -= rows.mT @ rows
-            values = values - directions.mT @ rows
+            left = (~gone).nonzero().squeeze(1)
+            rows = rows[:, left]
+            inverse = inverse[left][:, left].addmm_(rows.mT, rows, alpha=-1)
+            values = values[:, left].addmm_(directions.mT, rows, alpha=-1)
+            names, gone = names[left], torch.zeros(len(left), dtype=torch.bool)
             norms, pivots = values.square().sum(0), inverse.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
             pending = 0
     errors = torch.tensor([0.0, *steps], dtype=torch.float64).cumsum(0).flip(0)

@@ -29,6 +29,32 @@ class QueryKeyCandidate:
         return self.query_map[:rank], self.key_map[:rank]
 
 
+@dataclass(frozen=True)
+class QueryKeyLayer:
+    """The heads of one layer. `errors[k]` is the sum of the heads' errors, each times its scale, with k dimensions left
+    in all heads together, k = 0..heads · e: the best split, but that no head falls below one while there are enough."""
+
+    heads: list[QueryKeyCandidate]
+    errors: Tensor
+    order: Tensor
+
+    def head_ranks(self, size: int) -> list[int]:
+        """Dimensions left per head when `size` are left in all."""
+        head_size = len(self.order) // len(self.heads)
+        return torch.bincount(self.order[:size] // head_size, minlength=len(self.heads)).tolist()
+
+
+def query_key_layer(heads: list[QueryKeyCandidate], scales: list[float]) -> QueryKeyLayer:
+    """A head's directions are worth less and less, so that taking the best of all heads is the best for each size."""
+    errors = torch.stack([scale * head.errors for head, scale in zip(heads, scales, strict=True)])
+    gains = errors[:, :-1] - errors[:, 1:]
+    wanted = gains.clone()
+    wanted[:, 0] = torch.inf
+    order = wanted.flatten().sort(descending=True, stable=True).indices
+    left = gains.flatten()[order].flip(0).cumsum(0).flip(0)
+    return QueryKeyLayer(heads, torch.cat((left, left.new_zeros(1))), order)
+
+
 def query_key_candidate(query_moment: Tensor, key_covariance: Tensor) -> QueryKeyCandidate:
     """Both (e, e), summed or averaged alike; errors come in the product of their units.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,7 +20,7 @@ class PresetInputs:
 
     model: LowRankViTForImageClassification
     embeddings: list[Tensor]
-    statistics: list[BlockStatistics]
+    statistics: Sequence[BlockStatistics]
     seed: int
 
     @cached_property

@@ -88,8 +88,9 @@ def split_heads(states: torch.Tensor, ranks: list[int], size: int) -> torch.Tens
     """(batch, tokens, sum of ranks) to (batch, heads, tokens, size), shorter heads filled up with zeros."""
     if all(rank == size for rank in ranks):
         return states.unflatten(-1, (len(ranks), size)).transpose(1, 2)
-    heads = states.split(ranks, dim=-1)
-    return torch.stack([nn.functional.pad(head, (0, size - head.shape[-1])) for head in heads], dim=1)
+    # One row after the other: kernels take heads with strides, and a copy along rows is the cheapest.
+    heads = [nn.functional.pad(head, (0, size - head.shape[-1])) for head in states.split(ranks, dim=-1)]
+    return torch.cat(heads, dim=-1).unflatten(-1, (len(ranks), size)).transpose(1, 2)
 
 
 def merge_heads(context: torch.Tensor, ranks: list[int]) -> torch.Tensor:

@@ -1,0 +1,68 @@
+"""A run under a memory limit: the same result from groups of blocks, and a limit that is too low said before."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from hf_vit_lowrank.compress import compress
+from hf_vit_lowrank.errors import UserError
+from hf_vit_lowrank.images import open_images
+from hf_vit_lowrank.memory import MemoryPlan, memory_plan, parse_bytes
+from hf_vit_lowrank.recipe import CompressionRecipe
+from hf_vit_lowrank.remote.configuration_lowrank_vit import LowRankViTConfig
+
+RECIPE = CompressionRecipe(reduction=0.5, samples=64)
+HUGE = LowRankViTConfig(
+    hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, intermediate_size=5120, patch_size=14
+)
+
+
+def test_groups_of_blocks_give_the_plan_and_weights_of_all_at_once(digits_model, digits_data, tmp_path, monkeypatch):
+    images = str(digits_data.calibration)
+
+    def run(**options):
+        return compress(str(digits_model), open_images(images, samples=64), RECIPE, device="cpu", **options)
+
+    whole = run()
+    module = sys.modules["hf_vit_lowrank.compress"]  # the package has a function of that name
+    monkeypatch.setattr(module, "memory_plan", lambda *_: MemoryPlan(8, 2, 2, 0))
+    groups = run(memory_limit=1, run_folder=tmp_path / "run")
+    assert groups.report["plan"] == whole.report["plan"]
+    parked = sorted(path.name for path in (tmp_path / "run" / "blocks").iterdir())
+    assert parked == [f"{kind}-{layer}.pt" for kind in ("candidates", "statistics") for layer in range(3)]
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.allclose(groups.model.state_dict()[name], tensor, rtol=1e-3, atol=1e-3), name
+
+
+def test_smaller_batches_and_groups_until_it_fits():
+    free = memory_plan(HUGE, 64, 32)
+    assert (free.batch_size, free.group, free.passes) == (32, 32, 1)
+    assert free.peak > 20e9
+    limited = memory_plan(HUGE, 64, 32, 20 * 10**9)
+    assert limited.peak <= 20e9
+    assert 1 <= limited.batch_size < 32
+    assert limited.passes == -(-32 // limited.group) > 1
+
+
+def test_a_limit_that_is_too_low_says_how_much_it_takes():
+    with pytest.raises(UserError, match=r"4\.0 GB do not do for this model and 64 images: allow at least \d+\.\d GB"):
+        memory_plan(HUGE, 64, 32, 4 * 10**9)
+
+
+def test_a_limit_needs_a_run_folder(digits_model, digits_data):
+    with pytest.raises(UserError, match="run folder"):
+        compress(str(digits_model), str(digits_data.calibration), RECIPE, device="cpu", memory_limit=10**12)
+
+
+@pytest.mark.parametrize(("text", "count"), [("16GB", 16 * 10**9), ("800 mb", 8 * 10**8), ("1.5G", 15 * 10**8)])
+def test_amounts(text, count):
+    assert parse_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["", "much", "16GiB", "-1GB"])
+def test_no_amount(text):
+    with pytest.raises(UserError, match="write 16GB"):
+        parse_bytes(text)
