@@ -95,6 +95,12 @@ DistillEpochs = Annotated[int, _option("Passes over the images in distillation."
 DistillLr = Annotated[float, _option("Peak learning rate of distillation.")]
 Labels = Annotated[bool, _option("Let distillation learn from the labels as well.", "--labels")]
 Smoke = Annotated[bool, _option("A few steps of distillation only, to see that everything works.", "--smoke")]
+Native = Annotated[
+    bool,
+    _option(
+        "One head size and one MLP width for the whole model, which transformers loads without remote code.", "--native"
+    ),
+]
 QueryKeyWeight = Annotated[float, _option("Factor on the error curves of query and key, which predict too little.")]
 
 Seed = Annotated[int, _option("Seed of the choice of images.", min=0, **_RUN)]
@@ -192,6 +198,7 @@ def compress(
     labels: Labels = False,
     smoke: Smoke = False,
     query_key_weight: QueryKeyWeight = 4.0,
+    native: Native = False,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     device: Device = None,
@@ -227,6 +234,7 @@ def compress(
         batch_size=batch_size,
         seed=seed,
         query_key_weight=query_key_weight,
+        native=native,
     )
     _refuse_source(output, source)
     check_target(output, 0, overwrite=overwrite)
@@ -276,6 +284,7 @@ def plan(
     cost: Cost = "parameters",
     compensation: Compensation = None,
     query_key_weight: QueryKeyWeight = 4.0,
+    native: Native = False,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     device: Device = None,
@@ -300,6 +309,7 @@ def plan(
         batch_size=batch_size,
         seed=seed,
         query_key_weight=query_key_weight,
+        native=native,
     )
     _check_file(json)
     images = _calibration_images(calibration, config, split, image_column, recipe)

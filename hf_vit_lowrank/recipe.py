@@ -37,6 +37,8 @@ class CompressionRecipe:
     labels: let "distill" also learn from the labels of the calibration images.
     samples, batch_size, seed: calibration images, how many at once, and which.
     query_key_weight: factor on the query-key error curves, which predict too little (design 3.6: 4 is the best known).
+    native: one head size and one MLP width for the whole model, which transformers' own ViT and DeiT classes load without
+        remote code (transformers 5.5 or newer). Of preset "mixed-rank" only.
 
     Raises:
         UserError: a value out of range, or not exactly one target.
@@ -56,6 +58,7 @@ class CompressionRecipe:
     batch_size: int = 32
     seed: int = 0
     query_key_weight: float = 4.0
+    native: bool = False
 
     def __post_init__(self) -> None:
         given = [name for name in _TARGETS if getattr(self, name) is not None]
@@ -100,6 +103,7 @@ class CompressionRecipe:
         _require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
         _require(0 <= self.seed < 2**32, f"seed must be in [0, 2**32), not {self.seed}")
         _require(0 < self.query_key_weight < float("inf"), "query_key_weight must be positive")
+        _require(not self.native or self.preset == OURS, f"native goes with preset '{OURS}' only")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` gives the same recipe back."""

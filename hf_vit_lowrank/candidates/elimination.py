@@ -29,11 +29,15 @@ class Elimination:
         return self.order[len(self.order) - count :].sort().values
 
 
-def eliminate(weight: Tensor, covariance: Tensor, root: Tensor, ridge: float) -> Elimination:
+def eliminate(
+    weight: Tensor, covariance: Tensor, root: Tensor, ridge: float, groups: Tensor | None = None
+) -> Elimination:
     """weight (m, n), covariance (n, n) of the inputs, root (m, m) = Γ^½ of the output metric, all float64.
 
     ridge: share of the mean diagonal added to the covariance, which keeps the inverse finite for dead or dependent
         inputs.
+    groups: (n,) group 0, 1, … of each input, all of one size; in every round each group loses one input, so that the
+        groups stay equal. Without them any input may go at any time.
     """
     size = weight.shape[1]
     values = root @ weight
@@ -43,9 +47,13 @@ def eliminate(weight: Tensor, covariance: Tensor, root: Tensor, ridge: float) ->
     order, steps = [], []
     rows, directions = inverse.new_zeros(_BLOCK, size), inverse.new_zeros(_BLOCK, values.shape[0])
     pending = 0
+    waiting = alive.clone()  # the inputs of groups that have lost none in this round
     for _ in range(size):
-        cost = torch.where(alive, norms / pivots, torch.inf)
+        cost = torch.where(alive & waiting, norms / pivots, torch.inf)
         chosen = int(cost.argmin())
+        if groups is not None:
+            waiting &= groups != groups[chosen]
+            waiting |= ~waiting.any()
         order.append(chosen)
         steps.append(float(cost[chosen]))
         alive[chosen] = False
