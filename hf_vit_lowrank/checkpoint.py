@@ -122,7 +122,7 @@ def load_checkpoint(folder: str | Path) -> tuple[PreTrainedModel, Any, dict[str,
 
 
 def _load(folder: Path, **model_options: Any) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
-    record = _read_record(folder)
+    record = read_record(folder)
     if record is None:
         raise UserError(f"'{folder}' is no checkpoint folder of hf-vit-lowrank: it has no valid {RECORD}.")
     for name, digest in record.pop("files").items():
@@ -254,13 +254,14 @@ def _swap(new: Path, target: Path, old: Path) -> None:
 
 def _foreign_files(folder: Path) -> list[str]:
     """Files in a folder that no checkpoint of this package has put there."""
-    record = _read_record(folder)
+    record = read_record(folder)
     ours = {RECORD, *record["files"]} if record else set()
     files = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
     return [name for file in files if (name := file.relative_to(folder).as_posix()) not in ours]
 
 
-def _read_record(folder: Path) -> dict[str, Any] | None:
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What compression.json of a folder says, with "files"; None where there is none that `save_checkpoint` wrote."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):

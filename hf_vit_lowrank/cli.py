@@ -1,4 +1,4 @@
-"""The command line: `hf-vit-lowrank compress | plan | sweep | evaluate | demo`."""
+"""The command line: `hf-vit-lowrank compress | plan | sweep | evaluate | demo | export`."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def _option(help: str, *names: str, **settings: Any) -> Any:
 
 
 _SIZE, _IMAGES, _RUN = ({"rich_help_panel": panel} for panel in ("How small (give exactly one)", "Images", "Run"))
+_FORM = {"rich_help_panel": "What to write (give exactly one)"}
 
 Source = Annotated[str, typer.Argument(help="ViT or DeiT classifier: a hub id or a folder.", show_default=False)]
 Revision = Annotated[str | None, _option("Branch, tag or commit of the source on the hub.", **_RUN)]
@@ -164,6 +165,7 @@ def _set_up_output(quiet: bool) -> None:
     # Our own messages and progress bars are enough; that of a download is the hub client's.
     for library in (datasets, huggingface_hub, transformers):
         library.utils.logging.set_verbosity_error()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if quiet:
@@ -452,6 +454,38 @@ def demo(
 
     _check_folder(output, overwrite)
     run_demo(output, reduction, show=not quiet)
+
+
+@_command("hf-vit-lowrank export deit-b-lowrank60 --onnx deit-b-lowrank60.onnx")
+def export(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint folder; it is only read.", show_default=False)],
+    onnx: Annotated[Path | None, _option("An ONNX file, for any batch size.", metavar="FILE", **_FORM)] = None,
+    dense: Annotated[
+        Path | None,
+        _option("A folder with the dense architecture: factors multiplied out.", metavar="FOLDER", **_FORM),
+    ] = None,
+    native: Annotated[
+        Path | None,
+        _option("A folder without remote code at the same size, of a uniform plan.", metavar="FOLDER", **_FORM),
+    ] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint in a form that needs no remote code; the logits stay the same."""
+    from .export import export_dense, export_native, export_onnx
+
+    exports = {"--onnx": (export_onnx, onnx), "--dense": (export_dense, dense), "--native": (export_native, native)}
+    given = [name for name, (_, output) in exports.items() if output is not None]
+    if len(given) != 1:
+        raise UserError(
+            f"Say what to write by exactly one of {', '.join(exports)} (given: {', '.join(given) or 'none'})."
+        )
+    run, output = exports[given[0]]
+    assert output is not None
+    run(folder, output, overwrite=overwrite)
+    if not quiet:
+        print(f"Written to {output}")
 
 
 # ---------------------------------------------------------------------------------------------------- checks of options

@@ -63,8 +63,8 @@ class CompressionResult:
     preprocessor_config: bytes | None = field(default=None, repr=False)
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write a checkpoint folder that loads with trust_remote_code (and, with a native recipe, without) wherever torch
-        and transformers are.
+        """Write a checkpoint folder that loads with trust_remote_code wherever torch and transformers are; that of a
+        native recipe loads without.
 
         Of several processes the main one writes.
 

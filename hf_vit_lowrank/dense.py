@@ -135,7 +135,7 @@ def from_transformers(dense: PreTrainedModel) -> LowRankViTForImageClassificatio
 def to_transformers(model: LowRankViTForImageClassification) -> PreTrainedModel:
     """The way back: the same function as transformers' own classifier, in float32 and eval mode.
 
-    Exact but for rounding: the query weights lose the score scale 1/sqrt(head size), which transformers multiplies with,
+    Exact but for rounding: the query weights lose the score scale 1/sqrt(head size), which transformers has outside,
     and biases that were folded away become zeros. A model with a distillation token becomes a DeiT, any other a ViT.
 
     Raises:
@@ -185,8 +185,8 @@ def _empty_transformers(config: LowRankViTConfig) -> PreTrainedModel:
     if head_size != config.hidden_size // config.num_attention_heads:
         if int(transformers.__version__.split(".")[0]) < 5:
             raise UserError(
-                f"Heads of size {head_size} in a model of {config.hidden_size} and {config.num_attention_heads} heads need "
-                f"transformers 5.5 or newer; this is {transformers.__version__}."
+                f"{config.num_attention_heads} heads of size {head_size} in a model of width {config.hidden_size} need "
+                f"transformers 5.5 or newer, and this is {transformers.__version__}."
             )
         fields["head_dim"] = head_size
     return getattr(transformers, kind + head)(getattr(transformers, f"{kind}Config")(**fields))

@@ -79,7 +79,9 @@ def choose_native_ranks(
     shared += [value_output.errors[::heads] for *_, value_output, _ in per_block]
     head_cost = heads * sum(cost.query_key + cost.value_output for cost in costs)
     head_curve = ErrorCurve(np.sum(shared, axis=0), head_cost)
-    width_curve = ErrorCurve(np.sum([width.errors for *_, width in per_block], axis=0), sum(cost.width for cost in costs))
+    width_curve = ErrorCurve(
+        np.sum([width.errors for *_, width in per_block], axis=0), sum(cost.width for cost in costs)
+    )
     size, width = allocate_pair(head_curve, width_curve, budget)
     ranks = [[size] * heads for _ in range(layers)]
     loss = float(head_curve.errors[size] + width_curve.errors[width])

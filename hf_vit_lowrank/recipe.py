@@ -37,8 +37,8 @@ class CompressionRecipe:
     labels: let "distill" also learn from the labels of the calibration images.
     samples, batch_size, seed: calibration images, how many at once, and which.
     query_key_weight: factor on the query-key error curves, which predict too little (design 3.6: 4 is the best known).
-    native: one head size and one MLP width for the whole model, which transformers' own ViT and DeiT classes load without
-        remote code (transformers 5.5 or newer). Of preset "mixed-rank" only.
+    native: one head size and one MLP width for the whole model, which transformers' own classes (5.5 or newer) load
+        without remote code. Of preset "mixed-rank" only.
 
     Raises:
         UserError: a value out of range, or not exactly one target.

@@ -73,9 +73,7 @@ class BlockCandidates:
         return ErrorCurve(gains.sum() - np.concatenate(([0.0], gains.cumsum())), costs.bypass, smallest=0)
 
 
-def block_candidates(
-    block: LowRankViTBlock, statistics: BlockStatistics, even_heads: bool = False
-) -> BlockCandidates:
+def block_candidates(block: LowRankViTBlock, statistics: BlockStatistics, even_heads: bool = False) -> BlockCandidates:
     """Candidates of a block at full rank from its dense statistics; `even_heads`: see `value_output_candidate`.
 
     Moments are per image. The gradients of all tokens are spread evenly over the token weights, so that an error of the
