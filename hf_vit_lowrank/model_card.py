@@ -55,8 +55,8 @@ def _method(recipe: dict[str, Any]) -> list[str]:
     preset, compensation = recipe.get("preset", OURS), recipe.get("compensation")
     sizes = ", as many everywhere," if recipe.get("native") else " (and a low-rank bypass where that pays),"
     made = (
-        f"Every attention head keeps only the ranks, and every MLP only the hidden units{sizes} that its activations on "
-        "a set of images need."
+        f"Every attention head keeps only the ranks, and every MLP only the hidden units{sizes} that its activations "
+        "on a set of images need."
         if preset == OURS
         else Markup(f"The method is the preset {_code(preset)}, which is there to compare with.")
     )
