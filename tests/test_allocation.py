@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_vit_lowrank.allocation import SMALLEST_SIZE, ErrorCurve, ImpossibleBudgetError, allocate
+from hf_vit_lowrank.allocation import SMALLEST_SIZE, ErrorCurve, ImpossibleBudgetError, allocate, allocate_pair
 
 
 @st.composite
@@ -70,6 +70,16 @@ def test_a_bend_in_a_curve_is_jumped():
     bent = ErrorCurve(np.array([30.0, 20.0, 20.0, 0.0]), 1)
     straight = ErrorCurve(np.array([12.0, 6.0, 0.0]), 1)
     assert allocate([bent, straight], 4) == [3, 1]
+
+
+@given(convex_curves(), convex_curves(), st.integers(14, 80))
+@settings(max_examples=100, deadline=None)
+def test_a_pair_is_solved_exactly(first, second, budget):
+    sizes = allocate_pair(first, second, budget)
+    assert total_cost([first, second], sizes) <= budget
+    assert total_error([first, second], sizes) == best_by_search([first, second], budget)
+    with pytest.raises(ImpossibleBudgetError):
+        allocate_pair(first, second, first.unit_cost + second.unit_cost - 1)
 
 
 def test_impossible_budget_says_what_the_smallest_sizes_cost():
