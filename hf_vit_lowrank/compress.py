@@ -55,7 +55,10 @@ NOWHERE = RunFolder()
 
 @dataclass(frozen=True)
 class CompressionResult:
-    """A compressed model, and the record of how it was made (JSON-able; it becomes compression.json and the card)."""
+    """A compressed model, and the record of how it was made (JSON-able; it becomes compression.json and the card).
+
+    The model is of this package's layout also where the recipe is native: it is rewritten when it is saved.
+    """
 
     model: LowRankViTForImageClassification
     image_processor: Any

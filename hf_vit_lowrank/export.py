@@ -39,7 +39,7 @@ def export_onnx(folder: str | Path, file: str | Path, *, overwrite: bool = False
     if missing:
         raise UserError(f"ONNX needs {' and '.join(missing)}: pip install 'hf-vit-lowrank[ecosystem]'.")
     target = _free_file(file, Path(folder), overwrite)
-    model, _ = load_classifier(str(_existing(folder)))
+    model, _ = _loaded(folder)
     if 4 * count_parameters(model) > LARGEST_ONNX_FILE:
         raise UserError(f"An ONNX file holds at most 2 GB, and '{folder}' has {count_parameters(model):,} parameters.")
     try:
@@ -195,11 +195,11 @@ def _bias(block: dict[str, Tensor], name: str) -> Tensor | None:
 
 def _opened(folder: str | Path, output: str | Path, overwrite: bool) -> tuple[LowRankViTForImageClassification, Any]:
     """The classifier and the image processor of a folder, after a look at where the export is to go."""
-    source, target = _existing(folder), Path(output).resolve()
-    if target == source.resolve() or target in source.resolve().parents or source.resolve() in target.parents:
+    source, target = Path(folder).resolve(), Path(output).resolve()
+    if target == source or target in source.parents or source in target.parents:
         raise UserError(f"'{output}' is the checkpoint itself, holds it or lies in it: choose another folder.")
     check_target(output, 0, overwrite=overwrite)
-    model, image_processor = load_classifier(str(folder))
+    model, image_processor = _loaded(folder)
     if not isinstance(model, LowRankViTForImageClassification):
         raise UserError(f"'{folder}' already holds transformers' own {type(model).__name__}, without remote code.")
     return model, image_processor
@@ -236,10 +236,13 @@ def _card(source: Path, model: PreTrainedModel, record: dict[str, Any]) -> str:
     )
 
 
-def _existing(folder: str | Path) -> Path:
+def _loaded(folder: str | Path) -> tuple[PreTrainedModel, Any]:
     if not (Path(folder) / "config.json").is_file():
         raise UserError(f"'{folder}' is no checkpoint folder: it has no config.json.")
-    return Path(folder)
+    model, image_processor = load_classifier(str(folder))
+    if getattr(model.config, "quantization_config", None):
+        raise UserError(f"'{folder}' is quantised: export the checkpoint that it was made of.")
+    return model, image_processor
 
 
 def _free_file(file: str | Path, source: Path, overwrite: bool) -> Path:

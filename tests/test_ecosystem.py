@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -219,6 +220,16 @@ def test_attention_implementation_can_be_set_or_is_refused(compressed, digits):
         with pytest.raises(ValueError, match="not support"):
             model.set_attn_implementation(other)
     assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the compiler of torch on CPU needs g++")
+@torch.no_grad()
+def test_compiled_as_one_graph(compressed, digits):
+    model = load(compressed).eval()
+    expected = model(digits.pixels[:8]).logits
+    compiled = torch.compile(model, fullgraph=True)
+    torch.testing.assert_close(compiled(digits.pixels[:8]).logits, expected, atol=1e-4, rtol=1e-4)
 
 
 # --------------------------------------------------------------------------------------------- precisions and devices

@@ -182,6 +182,17 @@ def test_exported_folder_loads_without_remote_code(export, fields, make_folder, 
     assert content(tmp_path / "out") == files
 
 
+def test_quantised_checkpoints_are_refused(make_folder, tmp_path):
+    pytest.importorskip("optimum.quanto")
+    folder = make_folder(**MIXED)
+    settings = transformers.QuantoConfig(weights="int8")
+    model = AutoModelForImageClassification.from_pretrained(folder, quantization_config=settings)
+    model.save_pretrained(tmp_path / "int8")
+    for export in (export_dense, export_native):
+        with pytest.raises(UserError, match="quantised"):
+            export(tmp_path / "int8", tmp_path / "out")
+
+
 def test_what_is_never_overwritten(make_folder, tmp_path):
     folder = make_folder(**UNIFORM)
     for output in (folder, tmp_path, folder / "dense"):
@@ -205,6 +216,7 @@ def test_command_line(make_folder, tmp_path):
         done = CliRunner().invoke(app, ["export", *map(str, arguments)], env={"COLUMNS": "160", "NO_COLOR": "1"})
         return done.exit_code, done.stdout + done.stderr
 
+    (folder / "compression.json").unlink()  # as where a Trainer has saved it
     assert call(folder, "--dense", tmp_path / "out") == (0, f"Written to {tmp_path / 'out'}\n")
     code, said = call(folder, "--dense", tmp_path / "out")
     assert (code, "not empty" in said) == (2, True)
