@@ -69,6 +69,24 @@ def allocate(curves: Sequence[ErrorCurve], budget: int) -> list[int]:
     return _spend(curves, sizes, left)
 
 
+def allocate_pair(first: ErrorCurve, second: ErrorCurve, budget: int) -> tuple[int, int]:
+    """The sizes of two pieces with the least sum of errors whose costs stay within `budget`, by trying all.
+
+    Raises:
+        ImpossibleBudgetError: even the smallest sizes cost more.
+    """
+    least = first.smallest * first.unit_cost + second.smallest * second.unit_cost
+    if least > budget:
+        raise ImpossibleBudgetError(least)
+    pairs = []
+    for size in range(first.smallest, first.largest + 1):
+        affordable = min(second.largest, (budget - size * first.unit_cost) // second.unit_cost)
+        if affordable >= second.smallest:
+            other = second.smallest + int(np.argmin(second.errors[second.smallest : affordable + 1]))
+            pairs.append((float(first.errors[size] + second.errors[other]), size, other))
+    return min(pairs)[1:]
+
+
 def _hull_steps(curve: ErrorCurve) -> list[tuple[float, int]]:
     """(saving per cost, size reached) of each edge of the lower convex hull, savings falling."""
     first, *rest = curve.sizes

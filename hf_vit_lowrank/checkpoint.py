@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from transformers import AutoModelForImageClassification, PreTrainedModel
 
 from .errors import RunError, UserError, as_user_error, reason
 from .images import load_image_processor
@@ -63,7 +64,7 @@ def check_target(folder: str | Path, weight_bytes: int, *, overwrite: bool = Fal
 
 
 def save_checkpoint(
-    model: LowRankViTForImageClassification,
+    model: PreTrainedModel,
     image_processor: Any,
     folder: str | Path,
     *,
@@ -73,6 +74,8 @@ def save_checkpoint(
     overwrite: bool = False,
 ) -> None:
     """Write a checkpoint that `AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)` loads.
+
+    model: this package's, or one of transformers' own classes, whose checkpoint has no code and needs no trust.
 
     All files are written to a folder beside `folder`, loaded again and compared with the model in memory (number of
     parameters, exact logits), and only then renamed. With `overwrite` the old checkpoint is moved aside first and
@@ -107,7 +110,7 @@ def save_checkpoint(
         raise RunError(f"The checkpoint could not be written to '{folder}' ({reason(error)}).") from error
 
 
-def load_checkpoint(folder: str | Path) -> tuple[LowRankViTForImageClassification, Any, dict[str, Any]]:
+def load_checkpoint(folder: str | Path) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
     """The model (in eval mode), the image processor and the record of a folder written by `save_checkpoint`.
 
     Runs this package's code, never the folder's. README.md may have been edited; any other file must be as saved.
@@ -118,8 +121,8 @@ def load_checkpoint(folder: str | Path) -> tuple[LowRankViTForImageClassificatio
     return _load(Path(folder))
 
 
-def _load(folder: Path, **model_options: Any) -> tuple[LowRankViTForImageClassification, Any, dict[str, Any]]:
-    record = _read_record(folder)
+def _load(folder: Path, **model_options: Any) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
+    record = read_record(folder)
     if record is None:
         raise UserError(f"'{folder}' is no checkpoint folder of hf-vit-lowrank: it has no valid {RECORD}.")
     for name, digest in record.pop("files").items():
@@ -128,20 +131,32 @@ def _load(folder: Path, **model_options: Any) -> tuple[LowRankViTForImageClassif
         if name != CARD and _sha256(folder / name) != digest:
             raise UserError(f"{name} of '{folder}' is not as it was saved (its sha256 differs): get an intact copy.")
     with as_user_error(f"The model in '{folder}' could not be loaded"):
-        model = LowRankViTForImageClassification.from_pretrained(
-            folder, use_safetensors=True, dtype="auto", **model_options
+        model = AutoModelForImageClassification.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, dtype="auto", **model_options
         )
     return model.eval(), load_image_processor(str(folder)), record
 
 
 def _write(
     folder: Path,
-    model: LowRankViTForImageClassification,
+    model: PreTrainedModel,
     image_processor: Any,
     record: dict[str, Any],
     card: str,
     preprocessor_config: bytes | None,
 ) -> None:
+    if isinstance(model, LowRankViTForImageClassification):
+        _write_with_code(folder, model)
+    else:
+        model.save_pretrained(folder)
+    _write_preprocessor(folder, image_processor, preprocessor_config)
+    (folder / CARD).write_text(card, encoding="utf-8")
+    files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    text = json.dumps({**record, "files": files}, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def _write_with_code(folder: Path, model: LowRankViTForImageClassification) -> None:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
@@ -151,11 +166,6 @@ def _write(
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     for name in CODE:
         shutil.copyfile(Path(__file__).parent / "remote" / name, folder / name)
-    _write_preprocessor(folder, image_processor, preprocessor_config)
-    (folder / CARD).write_text(card, encoding="utf-8")
-    files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-    text = json.dumps({**record, "files": files}, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
 
 
 def _write_preprocessor(folder: Path, image_processor: Any, source: bytes | None) -> None:
@@ -183,7 +193,7 @@ def _settings(image_processor: Any) -> dict[str, Any]:
     return {name: value for name, value in image_processor.to_dict().items() if name != "auto_map"}
 
 
-def _verify(folder: Path, model: LowRankViTForImageClassification, image_processor: Any) -> None:
+def _verify(folder: Path, model: PreTrainedModel, image_processor: Any) -> None:
     try:
         again, processor_again, _ = _load(folder, attn_implementation=model.config._attn_implementation)
     except UserError as error:
@@ -205,7 +215,7 @@ def _copy_parameters(model: torch.nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def _probe(model: LowRankViTForImageClassification) -> torch.Tensor:
+def _probe(model: PreTrainedModel) -> torch.Tensor:
     """The logits on two images of noise, always the same ones, in eval mode."""
     shape = (2, model.config.num_channels, *pair(model.config.image_size))
     pixels = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(model.device, model.dtype)
@@ -244,13 +254,14 @@ def _swap(new: Path, target: Path, old: Path) -> None:
 
 def _foreign_files(folder: Path) -> list[str]:
     """Files in a folder that no checkpoint of this package has put there."""
-    record = _read_record(folder)
+    record = read_record(folder)
     ours = {RECORD, *record["files"]} if record else set()
     files = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
     return [name for file in files if (name := file.relative_to(folder).as_posix()) not in ours]
 
 
-def _read_record(folder: Path) -> dict[str, Any] | None:
+def read_record(folder: Path) -> dict[str, Any] | None:
+    """What compression.json of a folder says, with "files"; None where there is none that `save_checkpoint` wrote."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):

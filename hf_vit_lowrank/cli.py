@@ -1,4 +1,4 @@
-"""The command line: `hf-vit-lowrank compress | plan | sweep | evaluate | demo`."""
+"""The command line: `hf-vit-lowrank compress | plan | sweep | evaluate | demo | export`."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def _option(help: str, *names: str, **settings: Any) -> Any:
 
 
 _SIZE, _IMAGES, _RUN = ({"rich_help_panel": panel} for panel in ("How small (give exactly one)", "Images", "Run"))
+_FORM = {"rich_help_panel": "What to write (give exactly one)"}
 
 Source = Annotated[str, typer.Argument(help="ViT or DeiT classifier: a hub id or a folder.", show_default=False)]
 Revision = Annotated[str | None, _option("Branch, tag or commit of the source on the hub.", **_RUN)]
@@ -95,6 +96,12 @@ DistillEpochs = Annotated[int, _option("Passes over the images in distillation."
 DistillLr = Annotated[float, _option("Peak learning rate of distillation.")]
 Labels = Annotated[bool, _option("Let distillation learn from the labels as well.", "--labels")]
 Smoke = Annotated[bool, _option("A few steps of distillation only, to see that everything works.", "--smoke")]
+Native = Annotated[
+    bool,
+    _option(
+        "One head size and one MLP width for the whole model, which transformers loads without remote code.", "--native"
+    ),
+]
 QueryKeyWeight = Annotated[float, _option("Factor on the error curves of query and key, which predict too little.")]
 RankMultiple = Annotated[
     int, _option("Inner sizes of a layer are multiples of this, which matrix products want; 1 leaves them free.", min=1)
@@ -170,6 +177,7 @@ def _set_up_output(quiet: bool) -> None:
     # Our own messages and progress bars are enough; that of a download is the hub client's.
     for library in (datasets, huggingface_hub, transformers):
         library.utils.logging.set_verbosity_error()
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     if quiet:
@@ -205,6 +213,7 @@ def compress(
     smoke: Smoke = False,
     query_key_weight: QueryKeyWeight = 4.0,
     rank_multiple: RankMultiple = 8,
+    native: Native = False,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     device: Device = None,
@@ -243,6 +252,7 @@ def compress(
         seed=seed,
         query_key_weight=query_key_weight,
         rank_multiple=rank_multiple,
+        native=native,
     )
     _refuse_source(output, source)
     check_target(output, 0, overwrite=overwrite)
@@ -294,6 +304,7 @@ def plan(
     compensation: Compensation = None,
     query_key_weight: QueryKeyWeight = 4.0,
     rank_multiple: RankMultiple = 8,
+    native: Native = False,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     device: Device = None,
@@ -319,6 +330,7 @@ def plan(
         seed=seed,
         query_key_weight=query_key_weight,
         rank_multiple=rank_multiple,
+        native=native,
     )
     _check_file(json)
     images = _calibration_images(calibration, config, split, image_column, recipe)
@@ -463,6 +475,38 @@ def demo(
 
     _check_folder(output, overwrite)
     run_demo(output, reduction, show=not quiet)
+
+
+@_command("hf-vit-lowrank export deit-b-lowrank60 --onnx deit-b-lowrank60.onnx")
+def export(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint folder; it is only read.", show_default=False)],
+    onnx: Annotated[Path | None, _option("An ONNX file, for any batch size.", metavar="FILE", **_FORM)] = None,
+    dense: Annotated[
+        Path | None,
+        _option("A folder with the dense architecture: factors multiplied out.", metavar="FOLDER", **_FORM),
+    ] = None,
+    native: Annotated[
+        Path | None,
+        _option("A folder without remote code at the same size, of a uniform plan.", metavar="FOLDER", **_FORM),
+    ] = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint in a form that needs no remote code; the logits stay the same."""
+    from .export import export_dense, export_native, export_onnx
+
+    exports = {"--onnx": (export_onnx, onnx), "--dense": (export_dense, dense), "--native": (export_native, native)}
+    given = [name for name, (_, output) in exports.items() if output is not None]
+    if len(given) != 1:
+        raise UserError(
+            f"Say what to write by exactly one of {', '.join(exports)} (given: {', '.join(given) or 'none'})."
+        )
+    run, output = exports[given[0]]
+    assert output is not None
+    run(folder, output, overwrite=overwrite)
+    if not quiet:
+        print(f"Written to {output}")
 
 
 # ---------------------------------------------------------------------------------------------------- checks of options

@@ -25,7 +25,7 @@ from .checkpoint import save_checkpoint
 from .compensation.closed_form import compensate_closed_form
 from .compensation.distill import distill
 from .compensation.gradient import compensate_gradient
-from .dense import DenseSource, dense_parameters, load_dense
+from .dense import DenseSource, dense_parameters, load_dense, to_transformers
 from .errors import UserError
 from .evaluation import class_of_label, count_flops, count_parameters, pick_device
 from .images import ImageStream, Share, open_images, pixel_batches
@@ -56,7 +56,10 @@ NOWHERE = RunFolder()
 
 @dataclass(frozen=True)
 class CompressionResult:
-    """A compressed model, and the record of how it was made (JSON-able; it becomes compression.json and the card)."""
+    """A compressed model, and the record of how it was made (JSON-able; it becomes compression.json and the card).
+
+    The model is of this package's layout also where the recipe is native: it is rewritten when it is saved.
+    """
 
     model: LowRankViTForImageClassification
     image_processor: Any
@@ -64,7 +67,8 @@ class CompressionResult:
     preprocessor_config: bytes | None = field(default=None, repr=False)
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
-        """Write a checkpoint folder that loads with trust_remote_code wherever torch and transformers are.
+        """Write a checkpoint folder that loads with trust_remote_code wherever torch and transformers are; that of a
+        native recipe loads without.
 
         Of several processes the main one writes.
 
@@ -75,7 +79,7 @@ class CompressionResult:
         # Times differ from run to run; the same recipe must give the same bytes.
         record = {key: value for key, value in self.report.items() if key != "seconds"}
         save_checkpoint(
-            self.model,
+            self.model if record["remote_code"] else to_transformers(self.model),
             self.image_processor,
             folder,
             record=record,
@@ -89,6 +93,7 @@ class CompressionResult:
 class Calibrated:
     """What any size is made from: the dense model, what the images told about it, and the images' embeddings.
 
+    native: whether the candidates are for a plan that transformers' own classes can hold.
     held_back, expected: embeddings of images that nothing is fitted on, the last of the stream, and the dense model's
         logits for them, if some were asked for.
     """
@@ -101,6 +106,7 @@ class Calibrated:
     statistics: Sequence[BlockStatistics]
     calibration: dict[str, Any]
     seed: int
+    native: bool
     seconds: dict[str, float]
     parking: RunFolder = NOWHERE
 
@@ -120,7 +126,7 @@ class Calibrated:
 
     def _candidates(self, layer: int) -> BlockCandidates:
         block: Any = self.dense.model.vit.blocks[layer]
-        return block_candidates(block, self.statistics[layer])
+        return block_candidates(block, self.statistics[layer], self.native)
 
     @cached_property
     def presets(self) -> PresetInputs:
@@ -201,7 +207,7 @@ def plan(
         raise UserError(f"A plan is made by preset '{OURS}' only: use compress for '{recipe.preset}'.")
     calibrated = calibrate(source, calibration, recipe, revision=revision, allow_pickle=allow_pickle, device=device)
     ranks = _ranks(calibrated, recipe)
-    report = _report(calibrated, recipe, _planned_size(calibrated, ranks))
+    report = _report(calibrated, recipe, _planned_size(calibrated, recipe, ranks))
     if recipe.compensation != "none":
         # Measured between 0.7 and 1 times the statistics: both are a few passes over the same images.
         report["seconds"]["closed form, expected"] = report["seconds"]["statistics"]
@@ -273,6 +279,7 @@ def calibrate(
     return Calibrated(
         *(dense, calibration, fitting, held_back, expected, statistics, about),
         seed=recipe.seed,
+        native=recipe.native,
         seconds=seconds,
         parking=parking,
     )
@@ -322,7 +329,7 @@ def _smaller(
     if recipe.preset == OURS:
         ranks = _ranks(calibrated, recipe)
         model = shrink(calibrated.dense.model, calibrated.candidates, calibrated.statistics, ranks)
-        size = _planned_size(calibrated, ranks)
+        size = _planned_size(calibrated, recipe, ranks)
     else:
         if processes.count() > 1:
             raise UserError(f"Preset '{recipe.preset}' runs in one process: start it without accelerate launch.")
@@ -441,7 +448,9 @@ def _ranks(calibrated: Calibrated, recipe: CompressionRecipe) -> RankPlan:
     config = calibrated.dense.model.config
     limit = _limit(calibrated.dense, recipe)
     return budgeted_ranks(
-        calibrated.candidates, config, limit, recipe.cost, recipe.query_key_weight, recipe.rank_multiple
+        *(calibrated.candidates, config, limit, recipe.cost, recipe.query_key_weight),
+        multiple=recipe.rank_multiple,
+        native=recipe.native,
     )
 
 
@@ -452,7 +461,7 @@ def _limit(dense: DenseSource, recipe: CompressionRecipe) -> int:
     if recipe.match is not None:
         return dense_parameters(recipe.match)
     assert recipe.reduction is not None
-    whole = dense.parameters if recipe.cost == "parameters" else plan_cost(dense.model.config, "flops")
+    whole = dense.parameters if recipe.cost == "parameters" else plan_cost(dense.model.config, "flops", recipe.native)
     return int((1 - recipe.reduction) * whole)
 
 
@@ -464,7 +473,8 @@ def _report(calibrated: Calibrated, recipe: CompressionRecipe, size: dict[str, A
         "recipe": recipe.to_dict(),
         "calibration": calibrated.calibration,
         "dense_parameters": dense.parameters,
-        "dense_flops": plan_cost(dense.model.config, "flops"),
+        "dense_flops": plan_cost(dense.model.config, "flops", recipe.native),
+        "remote_code": not recipe.native,
         **size,
         "reduction": 1 - size["parameters"] / dense.parameters,
         "seconds": dict(calibrated.seconds),
@@ -480,12 +490,12 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in ("hf-vit-lowrank", "torch", "transformers")}
 
 
-def _planned_size(calibrated: Calibrated, ranks: RankPlan) -> dict[str, Any]:
+def _planned_size(calibrated: Calibrated, recipe: CompressionRecipe, ranks: RankPlan) -> dict[str, Any]:
     config = ranks.apply(calibrated.dense.model.config)
     return {
         "plan": _inner_sizes(config),
-        "parameters": plan_cost(config, "parameters"),
-        "flops": plan_cost(config, "flops"),
+        "parameters": plan_cost(config, "parameters", recipe.native),
+        "flops": plan_cost(config, "flops", recipe.native),
         "predicted_loss": ranks.predicted_loss,
     }
 

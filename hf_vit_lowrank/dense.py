@@ -1,4 +1,4 @@
-"""Dense source checkpoints: transformers' ViT and DeiT classifiers, read into this package's own model at full rank.
+"""transformers' ViT and DeiT classifiers: read into this package's own model at full rank, and written back from it.
 
 The only file that knows the module names of transformers, of 4.x and of 5.x. Everything after it works on
 `LowRankViTForImageClassification`, whether it is still at full rank or already smaller.
@@ -132,6 +132,66 @@ def from_transformers(dense: PreTrainedModel) -> LowRankViTForImageClassificatio
     return model.eval()
 
 
+def to_transformers(model: LowRankViTForImageClassification) -> PreTrainedModel:
+    """The way back: the same function as transformers' own classifier, in float32 and eval mode.
+
+    Exact but for rounding: the query weights lose the score scale 1/sqrt(head size), which transformers has outside,
+    and biases that were folded away become zeros. A model with a distillation token becomes a DeiT, any other a ViT.
+
+    Raises:
+        UserError: the plan is not uniform (see `why_not_uniform`), or this transformers has no heads of that size.
+    """
+    config = model.config
+    why_not = why_not_uniform(config)
+    if why_not:
+        raise UserError(f"transformers has no class for this model: {why_not}.")
+    dense = _empty_transformers(config)
+    state = {name: tensor.detach().float().cpu() for name, tensor in model.state_dict().items()}
+    target, prefix = dense.state_dict(), dense.base_model_prefix + "."
+    converted = {
+        theirs + suffix: state[ours + suffix]
+        for theirs, ours in _outer_names(prefix).items()
+        for suffix in ("", ".weight", ".bias")
+        if theirs + suffix in target
+    }
+    for layer in range(config.num_hidden_layers):
+        converted.update(_block_back(state, target, prefix, layer, config))
+    dense.load_state_dict(converted)
+    return dense.eval()
+
+
+def why_not_uniform(config: LowRankViTConfig) -> str | None:
+    """What keeps a plan out of transformers' own classes, which have one head size (for queries, keys and values of all
+    blocks), one MLP width, whole weights and no bypass; None where nothing does."""
+    for layer, (factors, bypass) in enumerate(zip(config.factor_ranks, config.bypass_ranks, strict=True)):
+        if factors:
+            return f"weight '{min(factors)}' of block {layer} is a product of two"
+        if bypass:
+            return f"block {layer} has a low-rank bypass around its MLP"
+    sizes = {rank for layer in (*config.query_key_ranks, *config.value_output_ranks) for rank in layer}
+    if len(sizes) > 1:
+        return f"its heads have different ranks, from {min(sizes)} to {max(sizes)}"
+    if len(set(config.mlp_widths)) > 1:
+        return f"its MLPs have different widths, from {min(config.mlp_widths)} to {max(config.mlp_widths)}"
+    return None
+
+
+def _empty_transformers(config: LowRankViTConfig) -> PreTrainedModel:
+    kind = "DeiT" if config.use_distillation_token else "ViT"
+    head = "ForImageClassificationWithTeacher" if config.use_distillation_head else "ForImageClassification"
+    fields = {name: getattr(config, name) for name in _SHARED_FIELDS}
+    fields |= {"intermediate_size": config.mlp_widths[0], "id2label": config.id2label, "label2id": config.label2id}
+    head_size = config.query_key_ranks[0][0]
+    if head_size != config.hidden_size // config.num_attention_heads:
+        if int(transformers.__version__.split(".")[0]) < 5:
+            raise UserError(
+                f"{config.num_attention_heads} heads of size {head_size} in a model of width {config.hidden_size} need "
+                f"transformers 5.5 or newer, and this is {transformers.__version__}."
+            )
+        fields["head_dim"] = head_size
+    return getattr(transformers, kind + head)(getattr(transformers, f"{kind}Config")(**fields))
+
+
 def _full_rank_config(dense: PreTrainedModel, distilled: bool) -> LowRankViTConfig:
     source = dense.config
     head_size = _head_size(source)
@@ -152,8 +212,9 @@ def _head_size(config: Any) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _embeddings_and_heads(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    names = {
+def _outer_names(prefix: str) -> dict[str, str]:
+    """Their names and ours of everything outside the blocks."""
+    return {
         f"{prefix}embeddings.cls_token": "vit.embeddings.cls_token",
         f"{prefix}embeddings.distillation_token": "vit.embeddings.distillation_token",
         f"{prefix}embeddings.position_embeddings": "vit.embeddings.position_embeddings",
@@ -163,8 +224,11 @@ def _embeddings_and_heads(state: dict[str, torch.Tensor], prefix: str) -> dict[s
         "cls_classifier": "classifier",
         "distillation_classifier": "distillation_classifier",
     }
+
+
+def _embeddings_and_heads(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
     converted = {}
-    for theirs, ours in names.items():
+    for theirs, ours in _outer_names(prefix).items():
         for suffix in ("", ".weight", ".bias"):
             if theirs + suffix in state:
                 converted[ours + suffix] = state[theirs + suffix]
@@ -206,6 +270,37 @@ def _block(state: dict[str, torch.Tensor], prefix: str, layer: int, config: Any)
     ):
         block[f"{ours}.weight"], block[f"{ours}.bias"] = weight(part), read(part, "bias")
     return {f"vit.blocks.{layer}.{name}": tensor for name, tensor in block.items()}
+
+
+def _block_back(
+    state: dict[str, torch.Tensor],
+    target: dict[str, torch.Tensor],
+    prefix: str,
+    layer: int,
+    config: LowRankViTConfig,
+) -> dict[str, torch.Tensor]:
+    own = f"vit.blocks.{layer}."
+    key, value = state[own + "attention.key_value.weight"].chunk(2)
+    scale = config.query_key_ranks[layer][0] ** 0.5
+    parts = {"query.weight": state[own + "attention.query.weight"] * scale, "key.weight": key, "value.weight": value}
+    if config.qkv_bias:
+        zeros = key.new_zeros(len(key))
+        parts |= {"query.bias": state[own + "attention.query.bias"] * scale, "key.bias": zeros, "value.bias": zeros}
+    for part, ours in (
+        ("attention_norm", "attention_norm"),
+        ("mlp_norm", "mlp_norm"),
+        ("output", "attention.output"),
+        ("up", "mlp.up"),
+        ("down", "mlp.down"),
+    ):
+        parts |= {f"{part}.{kind}": state[f"{own}{ours}.{kind}"] for kind in ("weight", "bias")}
+    converted = {}
+    for name, tensor in parts.items():
+        part, kind = name.split(".")
+        for layers, theirs in zip(_LAYER_PREFIXES, _BLOCK_NAMES[part], strict=True):
+            if f"{prefix}{layers}.{layer}.{theirs}.{kind}" in target:
+                converted[f"{prefix}{layers}.{layer}.{theirs}.{kind}"] = tensor
+    return converted
 
 
 def _local_folder(

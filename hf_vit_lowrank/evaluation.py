@@ -37,6 +37,7 @@ TIMING_RUNS = (3, 20)  # at least, at most
 class TopKAccuracy(evaluate.Metric):
     """Top-1 and top-5 accuracy in percent. Predictions are the labels ranked best first, references the true labels.
 
+    Predictions may also be the first choices alone, as `evaluate.evaluator` gives them: then there is no top-5.
     A metric of this package, since `evaluate.load` fetches its metrics from the hub.
     """
 
@@ -45,11 +46,17 @@ class TopKAccuracy(evaluate.Metric):
             description="Top-1 and top-5 accuracy in percent.",
             citation="",
             inputs_description="predictions: label indices, best first, one list each; references: label indices.",
-            features=Features({"predictions": Sequence(Value("int64")), "references": Value("int64")}),
+            features=[
+                Features({"predictions": Sequence(Value("int64")), "references": Value("int64")}),
+                Features({"predictions": Value("int64"), "references": Value("int64")}),
+            ],
         )
 
-    def _compute(self, predictions: list[list[int]], references: list[int]) -> dict[str, float]:
-        hits = np.asarray(predictions) == np.asarray(references)[:, None]
+    def _compute(self, predictions: list[list[int]] | list[int], references: list[int]) -> dict[str, float]:
+        ranked = np.asarray(predictions)
+        if ranked.ndim == 1:
+            return {"top1": 100 * float((ranked == np.asarray(references)).mean())}
+        hits = ranked == np.asarray(references)[:, None]
         return {"top1": 100 * float(hits[:, 0].mean()), "top5": 100 * float(hits[:, :TOP].any(1).mean())}
 
 

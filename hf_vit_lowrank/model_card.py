@@ -43,6 +43,7 @@ def model_card(record: dict[str, Any]) -> str:
         revision=_literal(repository.get("revision") or "main"),
         rows=_rows(record),
         evaluation=_evaluation(evaluation) if evaluation else None,
+        remote_code=record.get("remote_code", True),
         has_accuracy=evaluation.get("top1") is not None,
         call=_call(record),
         versions=", ".join(f"{name} {version}" for name, version in sorted(record.get("versions", {}).items())),
@@ -52,9 +53,10 @@ def model_card(record: dict[str, Any]) -> str:
 def _method(recipe: dict[str, Any]) -> list[str]:
     """What was done, in sentences."""
     preset, compensation = recipe.get("preset", OURS), recipe.get("compensation")
+    sizes = ", as many everywhere," if recipe.get("native") else " (and a low-rank bypass where that pays),"
     made = (
-        "Every attention head keeps only the ranks, and every MLP only the hidden units (and a low-rank bypass where "
-        "that pays), that its activations on a set of images need."
+        f"Every attention head keeps only the ranks, and every MLP only the hidden units{sizes} that its activations "
+        "on a set of images need."
         if preset == OURS
         else Markup(f"The method is the preset {_code(preset)}, which is there to compare with.")
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .allocation import ErrorCurve, ImpossibleBudgetError, allocate
+from .allocation import ErrorCurve, ImpossibleBudgetError, allocate, allocate_pair
 from .candidates.block import BlockCandidates, UnitCosts
 from .errors import UserError
 from .remote.configuration_lowrank_vit import LowRankViTConfig
@@ -68,6 +68,32 @@ def choose_ranks(
     return min(plans, key=lambda plan: plan.predicted_loss)
 
 
+def choose_native_ranks(
+    candidates: Sequence[BlockCandidates], costs: Sequence[UnitCosts], budget: int, query_key_weight: float
+) -> RankPlan:
+    """One head size (for query-key and value-output alike) and one MLP width for all blocks, and no bypass.
+
+    The candidates must have been made with even heads. The pair with the least predicted loss within `budget` is taken.
+
+    Raises:
+        ImpossibleBudgetError: the smallest sizes cost more.
+    """
+    per_block = [block.curves(cost, query_key_weight, 1) for block, cost in zip(candidates, costs, strict=True)]
+    heads, layers = len(candidates[0].query_key.heads), len(candidates)
+    shared = [0.5 * query_key_weight * block.query_key.even_errors.numpy() for block in candidates]
+    # A value-output curve counts the dimensions of all heads together.
+    shared += [value_output.errors[::heads] for _, value_output, _ in per_block]
+    head_cost = heads * sum(cost.query_key + cost.value_output for cost in costs)
+    head_curve = ErrorCurve(np.sum(shared, axis=0), head_cost)
+    width_curve = ErrorCurve(
+        np.sum([width.errors for _, _, width in per_block], axis=0), sum(cost.width for cost in costs)
+    )
+    size, width = allocate_pair(head_curve, width_curve, budget)
+    ranks = [[size] * heads for _ in range(layers)]
+    loss = float(head_curve.errors[size] + width_curve.errors[width])
+    return RankPlan(ranks, [list(layer) for layer in ranks], [width] * layers, [0] * layers, loss)
+
+
 def _allocated(
     per_block: Sequence[Sequence[ErrorCurve]], bypasses: Sequence[ErrorCurve], budget: int
 ) -> list[list[int]]:
@@ -108,14 +134,17 @@ def budgeted_ranks(
     cost: str,
     query_key_weight: float,
     multiple: int,
+    native: bool = False,
 ) -> RankPlan:
-    """The plan for a whole model of at most `limit` parameters or FLOPs.
+    """The plan for a whole model of at most `limit` parameters or FLOPs; `native` as in `CompressionRecipe`.
 
     Raises:
         UserError: the limit lies below what the smallest ranks cost; says how much that is.
     """
-    costs, fixed = model_costs(config, cost)
+    costs, fixed = model_costs(config, cost, native)
     try:
+        if native:
+            return choose_native_ranks(candidates, costs, limit - fixed, query_key_weight)
         return choose_ranks(candidates, costs, limit - fixed, query_key_weight, multiple)
     except ImpossibleBudgetError as error:
         raise UserError(
@@ -124,14 +153,17 @@ def budgeted_ranks(
         ) from error
 
 
-def model_costs(config: LowRankViTConfig, cost: str) -> tuple[list[UnitCosts], int]:
-    """Cost of a unit of size in each block, and of everything that has no size to choose, in this package's layout."""
-    return _parameter_costs(config) if cost == "parameters" else _flop_costs(config)
+def model_costs(config: LowRankViTConfig, cost: str, native: bool = False) -> tuple[list[UnitCosts], int]:
+    """Cost of a unit of size in each block, and of everything that has no size to choose.
+
+    In this package's layout or, with `native`, in that of transformers.
+    """
+    return _parameter_costs(config, native) if cost == "parameters" else _flop_costs(config, native)
 
 
-def plan_cost(config: LowRankViTConfig, cost: str) -> int:
+def plan_cost(config: LowRankViTConfig, cost: str, native: bool = False) -> int:
     """Parameters or FLOPs of a model with the sizes of `config`; FLOPs are those of matrix products, unpadded."""
-    costs, fixed = model_costs(config, cost)
+    costs, fixed = model_costs(config, cost, native)
     return fixed + sum(
         unit.query_key * sum(query_key)
         + unit.value_output * sum(value_output)
@@ -148,24 +180,26 @@ def plan_cost(config: LowRankViTConfig, cost: str) -> int:
     )
 
 
-def _parameter_costs(config: LowRankViTConfig) -> tuple[list[UnitCosts], int]:
+def _parameter_costs(config: LowRankViTConfig, native: bool) -> tuple[list[UnitCosts], int]:
     hidden, layers = config.hidden_size, config.num_hidden_layers
-    unit = UnitCosts(2 * hidden + int(config.qkv_bias), 2 * hidden, 2 * hidden + 1, 2 * hidden)
+    bias, folded = int(config.qkv_bias), int(config.qkv_bias and native)  # transformers' keys and values have biases
+    unit = UnitCosts(2 * hidden + bias + folded, 2 * hidden + folded, 2 * hidden + 1, 2 * hidden)
     embeddings = hidden * (num_tokens(config) + config.num_prefix_tokens + _patch_values(config) + 1)
     heads = config.num_tokens_read * (config.num_labels or 0) * (hidden + 1)
     norms_and_biases = layers * 6 * hidden + 2 * hidden
     return [unit] * layers, embeddings + heads + norms_and_biases
 
 
-def _flop_costs(config: LowRankViTConfig) -> tuple[list[UnitCosts], int]:
+def _flop_costs(config: LowRankViTConfig, native: bool) -> tuple[list[UnitCosts], int]:
     hidden, tokens = config.hidden_size, num_tokens(config)
 
     def unit(queries: int) -> UnitCosts:
         pair = 2 * hidden * (queries + tokens) + 2 * queries * tokens
         return UnitCosts(pair, pair, 4 * hidden * queries, 4 * hidden * queries)
 
-    # The last block computes only the tokens that the classifier reads.
-    units = [unit(tokens)] * (config.num_hidden_layers - 1) + [unit(config.num_tokens_read)]
+    # Our last block computes only the tokens that the classifier reads.
+    last = unit(tokens if native else config.num_tokens_read)
+    units = [unit(tokens)] * (config.num_hidden_layers - 1) + [last]
     patches = tokens - config.num_prefix_tokens
     fixed = 2 * hidden * (patches * _patch_values(config) + config.num_tokens_read * (config.num_labels or 0))
     return units, fixed

@@ -39,6 +39,8 @@ class CompressionRecipe:
     query_key_weight: factor on the query-key error curves, which predict too little (design 3.6: 4 is the best known).
     rank_multiple: what the inner sizes of a layer are multiples of, its heads taken together; bypasses are free. Matrix
         products whose number of outputs is odd run at two thirds of the speed on a CPU with AVX-512.
+    native: one head size and one MLP width for the whole model, which transformers' own classes (5.5 or newer) load
+        without remote code. Of preset "mixed-rank" only.
 
     Raises:
         UserError: a value out of range, or not exactly one target.
@@ -59,6 +61,7 @@ class CompressionRecipe:
     seed: int = 0
     query_key_weight: float = 4.0
     rank_multiple: int = 8
+    native: bool = False
 
     def __post_init__(self) -> None:
         given = [name for name in _TARGETS if getattr(self, name) is not None]
@@ -104,6 +107,7 @@ class CompressionRecipe:
         _require(0 <= self.seed < 2**32, f"seed must be in [0, 2**32), not {self.seed}")
         _require(0 < self.query_key_weight < float("inf"), "query_key_weight must be positive")
         _require(self.rank_multiple >= 1, f"rank_multiple must be at least 1, not {self.rank_multiple}")
+        _require(not self.native or self.preset == OURS, f"native goes with preset '{OURS}' only")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` gives the same recipe back."""

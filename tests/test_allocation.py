@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_vit_lowrank.allocation import SMALLEST_SIZE, ErrorCurve, ImpossibleBudgetError, allocate
+from hf_vit_lowrank.allocation import SMALLEST_SIZE, ErrorCurve, ImpossibleBudgetError, allocate, allocate_pair
 
 
 @st.composite
@@ -82,6 +82,16 @@ def test_sizes_are_multiples_or_whole(curves, budget, step):
     sizes = allocate(stepped, budget)
     assert total_cost(stepped, sizes) <= budget
     assert all(size % step == 0 or size == curve.largest for curve, size in zip(stepped, sizes, strict=True))
+
+
+@given(convex_curves(), convex_curves(), st.integers(14, 80))
+@settings(max_examples=100, deadline=None)
+def test_a_pair_is_solved_exactly(first, second, budget):
+    sizes = allocate_pair(first, second, budget)
+    assert total_cost([first, second], sizes) <= budget
+    assert total_error([first, second], sizes) == best_by_search([first, second], budget)
+    with pytest.raises(ImpossibleBudgetError):
+        allocate_pair(first, second, first.unit_cost + second.unit_cost - 1)
 
 
 def test_impossible_budget_says_what_the_smallest_sizes_cost():

@@ -103,6 +103,23 @@ def test_every_elimination_step_equals_the_full_refit_and_is_the_best_step(seed)
         assert error == pytest.approx(min(rivals), rel=1e-6)
 
 
+@given(seed=st.integers(0, 10_000))
+@settings(max_examples=10, deadline=None)
+def test_groups_lose_inputs_in_turns_and_the_errors_stay_exact(seed):
+    generator = torch.Generator().manual_seed(seed)
+    covariance, metric = random_moment(generator, 6, 12), random_moment(generator, 3)
+    weight = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    groups = torch.tensor([0, 1, 2]).repeat_interleave(2)
+    sweep = eliminate(weight, covariance, square_root(metric)[0], 1e-13, groups)
+    for count in range(6):
+        kept = sweep.kept(count)
+        sizes = torch.bincount(groups[kept], minlength=3)
+        assert sizes.max() - sizes.min() <= 1
+        assert float(sweep.errors[count]) == pytest.approx(
+            refit_error(weight, covariance, metric, kept.tolist()), rel=1e-6
+        )
+
+
 def test_pending_updates_do_not_change_the_sweep():
     # More inputs than one block of pending updates, so the flush is crossed twice.
     generator = torch.Generator().manual_seed(1)

@@ -72,8 +72,8 @@ class BlockCandidates:
         return ErrorCurve(gains.sum() - np.concatenate(([0.0], gains.cumsum())), costs.bypass, smallest=0)
 
 
-def block_candidates(block: LowRankViTBlock, statistics: BlockStatistics) -> BlockCandidates:
-    """Candidates of a block at full rank from its dense statistics.
+def block_candidates(block: LowRankViTBlock, statistics: BlockStatistics, even_heads: bool = False) -> BlockCandidates:
+    """Candidates of a block at full rank from its dense statistics; `even_heads`: see `value_output_candidate`.
 
     Moments are per image. The gradients of all tokens are spread evenly over the token weights, so that an error of the
     same size in every token is predicted as it is.
@@ -98,6 +98,7 @@ def block_candidates(block: LowRankViTBlock, statistics: BlockStatistics) -> Blo
             statistics.context.weighted(attention_weight).covariance() / images,
             output_metric(statistics.attention_gradient, attention_weight),
             heads,
+            even_heads,
         ),
         width=mlp_width_candidate(down_weight, mlp_covariance[:width, :width], mlp_metric),
         down_weight=down_weight,

@@ -30,11 +30,15 @@ class Elimination:
         return self.order[len(self.order) - count :].sort().values
 
 
-def eliminate(weight: Tensor, covariance: Tensor, root: Tensor, ridge: float) -> Elimination:
+def eliminate(
+    weight: Tensor, covariance: Tensor, root: Tensor, ridge: float, groups: Tensor | None = None
+) -> Elimination:
     """weight (m, n), covariance (n, n) of the inputs, root (m, m) = Γ^½ of the output metric, all float64.
 
     ridge: share of the mean diagonal added to the covariance, which keeps the inverse finite for dead or dependent
         inputs.
+    groups: (n,) group 0, 1, … of each input, all of one size; in every round each group loses one input, so that the
+        groups stay equal. Without them any input may go at any time.
     """
     size = weight.shape[1]
     values = root @ weight
@@ -44,9 +48,13 @@ def eliminate(weight: Tensor, covariance: Tensor, root: Tensor, ridge: float) ->
     order, steps = [], []
     rows, directions = inverse.new_zeros(_BLOCK, size), inverse.new_zeros(_BLOCK, values.shape[0])
     pending = 0
+    waiting = ~gone  # the inputs of groups that have lost none in this round
     for _ in range(size):
-        cost = (norms / pivots).masked_fill_(gone, torch.inf)
+        cost = (norms / pivots).masked_fill_(gone | ~waiting, torch.inf)
         chosen = int(cost.argmin())
+        if groups is not None:
+            waiting &= groups != groups[chosen]
+            waiting |= ~waiting.any()
         order.append(int(names[chosen]))
         steps.append(float(cost[chosen]))
         gone[chosen] = True
@@ -65,7 +73,8 @@ def eliminate(weight: Tensor, covariance: Tensor, root: Tensor, ridge: float) ->
             rows = rows[:, left]
             inverse = inverse[left][:, left].addmm_(rows.mT, rows, alpha=-1)
             values = values[:, left].addmm_(directions.mT, rows, alpha=-1)
-            names, gone = names[left], torch.zeros(len(left), dtype=torch.bool)
+            names, gone, waiting = names[left], torch.zeros(len(left), dtype=torch.bool), waiting[left]
+            groups = None if groups is None else groups[left]
             norms, pivots = values.square().sum(0), inverse.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
             pending = 0
     errors = torch.tensor([0.0, *steps], dtype=torch.float64).cumsum(0).flip(0)

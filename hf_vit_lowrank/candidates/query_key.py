@@ -32,11 +32,13 @@ class QueryKeyCandidate:
 @dataclass(frozen=True)
 class QueryKeyLayer:
     """The heads of one layer. `errors[k]` is the sum of the heads' errors, each times its scale, with k dimensions left
-    in all heads together, k = 0..heads · e: the best split, but that no head falls below one while there are enough."""
+    in all heads together, k = 0..heads · e: the best split, but that no head falls below one while there are enough.
+    `even_errors[r]` is the same with r dimensions left in every head, r = 0..e."""
 
     heads: list[QueryKeyCandidate]
     errors: Tensor
     order: Tensor
+    even_errors: Tensor
 
     def head_ranks(self, size: int) -> list[int]:
         """Dimensions left per head when `size` are left in all."""
@@ -52,7 +54,7 @@ def query_key_layer(heads: list[QueryKeyCandidate], scales: list[float]) -> Quer
     wanted[:, 0] = torch.inf
     order = wanted.flatten().sort(descending=True, stable=True).indices
     left = gains.flatten()[order].flip(0).cumsum(0).flip(0)
-    return QueryKeyLayer(heads, torch.cat((left, left.new_zeros(1))), order)
+    return QueryKeyLayer(heads, torch.cat((left, left.new_zeros(1))), order, errors.sum(0))
 
 
 def query_key_candidate(query_moment: Tensor, key_covariance: Tensor) -> QueryKeyCandidate:

@@ -34,9 +34,12 @@ class ValueOutputCandidate:
 
 
 def value_output_candidate(
-    output_weight: Tensor, context_covariance: Tensor, metric: Tensor, heads: int
+    output_weight: Tensor, context_covariance: Tensor, metric: Tensor, heads: int, even: bool = False
 ) -> ValueOutputCandidate:
-    """output_weight (d, heads · e), context_covariance (heads · e, heads · e), metric Γ (d, d)."""
+    """output_weight (d, heads · e), context_covariance (heads · e, heads · e), metric Γ (d, d).
+
+    even: the heads lose dimensions in turns, so that at every multiple of `heads` they have the same number.
+    """
     root, _ = square_root(metric)
     head_size = output_weight.shape[1] // heads
     weights = output_weight.double().unflatten(1, (heads, head_size)).movedim(1, 0)
@@ -49,4 +52,5 @@ def value_output_candidate(
     rotated_weight = (weights @ context_root @ right.mT).movedim(0, 1).flatten(1)
     rotation = torch.block_diag(*basis)
     rotated_covariance = rotation @ context_covariance @ rotation.mT
-    return ValueOutputCandidate(basis, eliminate(rotated_weight, rotated_covariance, root, RIDGE))
+    groups = torch.arange(heads).repeat_interleave(head_size) if even else None
+    return ValueOutputCandidate(basis, eliminate(rotated_weight, rotated_covariance, root, RIDGE, groups))

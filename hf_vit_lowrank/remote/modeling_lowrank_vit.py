@@ -225,6 +225,11 @@ class LowRankViTPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["LowRankViTEmbeddings", "LowRankViTBlock"]  # noqa: RUF012
     _supports_sdpa = True
 
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        """Eager and sdpa can be exchanged at any time; transformers would look for its own attention interface here."""
+        return True
+
     def _init_weights(self, module: nn.Module) -> None:
         init = _initialisers()
         if isinstance(module, (nn.Linear, nn.Conv2d)):
