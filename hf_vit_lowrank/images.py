@@ -288,6 +288,7 @@ def open_images(
         label_column,
         description={
             "location": location,
+            "hub": source.on_hub,
             "config": config,
             "split": name,
             "image_column": image_column,
@@ -308,6 +309,7 @@ class _Source:
     splits: list[str]
     open: Callable[[str], Any]  # split -> Dataset or IterableDataset
     count: Callable[[str, Any], int | None]  # split, opened data -> number of rows
+    on_hub: bool = False
 
 
 def _no_images(location: str, split: str) -> UserError:
@@ -350,7 +352,7 @@ def _hub_source(location: str, config: str | None) -> _Source:
         known = (data.info.splits or {}).get(split)
         return known.num_examples or None if known else None
 
-    return _Source(list(splits), splits.__getitem__, count)
+    return _Source(list(splits), splits.__getitem__, count, on_hub=True)
 
 
 def _folder_source(folder: Path, for_calibration: bool) -> _Source:
