@@ -25,7 +25,7 @@ WRITE, READ = "hf_writeSecretSecretSecret", "hf_readSecretSecretSecret"
 LARGE = (".safetensors", ".png")
 
 
-class Cut(Exception):
+class CutError(Exception):
     """The connection ends here, without an answer."""
 
 
@@ -126,7 +126,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.hub.requests.append((self.command, path, len(body)))
             try:
                 self._send(self._faulty(path, query, body))
-            except Cut:
+            except CutError:
                 self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = _handle  # noqa: N815
@@ -147,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault.how == "lost":
             self._route(path, query, body)
         if fault.how in ("cut", "lost"):
-            raise Cut
+            raise CutError
         return self._route(path, query, body)
 
     def _send(self, answer: Answer) -> None:
@@ -226,7 +226,7 @@ class _Handler(BaseHTTPRequestHandler):
         return Answer(200, entries)
 
     def preupload(self, query: dict[str, list[str]], body: bytes, name: str, revision: str) -> Answer:
-        if refusal := self._refusal(name, write="create_pr" not in query):
+        if refusal := self._refusal(name, write=not ("create_pr" in query or revision.startswith("refs/pr/"))):
             return refusal
         head = self.hub.repositories[name].head(revision)
         files = []
@@ -254,7 +254,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def commit(self, query: dict[str, list[str]], body: bytes, name: str, revision: str) -> Answer:
         opens = "create_pr" in query
-        if refusal := self._refusal(name, write=not opens):
+        if refusal := self._refusal(name, write=not (opens or revision.startswith("refs/pr/"))):
             return refusal
         repository = self.hub.repositories[name]
         header, *operations = (json.loads(line) for line in body.splitlines())
@@ -349,7 +349,9 @@ def card_errors(card: str) -> list[str]:
         listed = values.get(name, [])
         if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
             errors.append(f'"{name}" must be an array of strings')
-    errors += [f'"datasets" is no id: {each}' for each in values.get("datasets", []) if not re.fullmatch(_ID, str(each))]
+    errors += [
+        f'"datasets" is no id: {each}' for each in values.get("datasets", []) if not re.fullmatch(_ID, str(each))
+    ]
     for model in values.get("model-index", []):
         for result in model["results"]:
             if not result["task"].get("type") or not {"type", "name"} <= result["dataset"].keys():

@@ -14,12 +14,12 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import ModelCard
+from conftest import random_model
 from hub_server import READ, WRITE, Hub, serve
+from huggingface_hub import ModelCard
 from test_checkpoint import EVALUATION, PREPROCESSOR, RECORD, code_blocks
 from typer.testing import CliRunner
 
-from conftest import random_model
 from hf_vit_lowrank import hub as hub_module
 from hf_vit_lowrank.checkpoint import load_checkpoint
 from hf_vit_lowrank.cli import app
@@ -27,7 +27,7 @@ from hf_vit_lowrank.compress import CompressionResult
 from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.hub import PushReport, push_folder
 from hf_vit_lowrank.images import load_image_processor
-from hf_vit_lowrank.model_card import pinned_revision
+from hf_vit_lowrank.model_card import model_card, pinned_revision
 
 REPOSITORY = "org/deit-b-lowrank60"
 COMMITS = "/commit/"
@@ -59,6 +59,9 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch):
     with serve() as hub:
+        template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE
+        template = template.replace(huggingface_hub.constants.ENDPOINT, hub.url)
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # a server of its own, not at hand
@@ -170,13 +173,11 @@ def test_dry_run(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch):
     assert report.commit == commit
 
 
-@pytest.mark.parametrize("pull_request", ["fresh", "interrupted"])
-def test_pull_request(pull_request, hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_pull_request(interrupted, hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch):
     hub.make(REPOSITORY)
-    monkeypatch.setenv("HF_TOKEN", READ)  # who may not write may still ask; here only on the first commit
-    hub.fail("POST", COMMITS, lambda: monkeypatch.setattr("hub_server.READ", "gone"), times=0)
-    monkeypatch.setenv("HF_TOKEN", WRITE)
-    if pull_request == "interrupted":
+    monkeypatch.setenv("HF_TOKEN", READ)  # who may not write may ask
+    if interrupted:
         hub.fail("POST", COMMITS + "main", "lost")
         hub.fail("POST", COMMITS + "refs/pr/1", "cut", times=9)
         with pytest.raises(RunError, match="broke off"):
@@ -291,6 +292,7 @@ def test_card_edited_on_the_hub_is_made_ours_again(hub: Hub, folder: Path):
 
 
 def call(*arguments: object) -> tuple[int, str, str]:
+    logging.getLogger("hf_vit_lowrank").handlers.clear()  # of the last call in this process
     done = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "160", "NO_COLOR": "1"})
     return done.exit_code, done.stdout, done.stderr
 
@@ -301,7 +303,11 @@ CASES: dict[str, tuple[dict[str, Any], int, str]] = {
     "no right to make": ({"token": READ}, 2, f"may not write to '{REPOSITORY}'"),
     "no right to write": ({"token": READ, "make": True}, 2, "you have no write access"),
     "no repository for a pull request": ({"options": ["--create-pr"]}, 2, f"'{REPOSITORY}' is not on the hub"),
-    "no branch for a pull request": ({"make": True, "options": ["--create-pr", "--revision", "b"]}, 2, "no such revision"),
+    "no branch for a pull request": (
+        {"make": True, "options": ["--create-pr", "--revision", "b"]},
+        2,
+        "no such revision",
+    ),
     "bad id": ({"repository": "a/b/c"}, 2, "of the form 'owner/name'"),
     "public already": ({"make": True, "options": ["--private"]}, 2, "is there and public"),
     "hub fails": ({"fault": ("GET", "/api/models/", 500)}, 1, "The hub failed (500"),
@@ -396,58 +402,54 @@ def test_push_shows_files_and_writes_json(hub: Hub, folder: Path, tmp_path: Path
 # ------------------------------------------------------------------------------------------------- who only downloads
 
 LOADER = """
-import json, sys
-import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
-
-try:
-    import hf_vit_lowrank
-    raise SystemExit("our package is here, so this shows nothing")
-except ImportError:
-    pass
-options = {"revision": sys.argv[2], "trust_remote_code": True}
-model = AutoModelForImageClassification.from_pretrained(sys.argv[1], **options)
-base = AutoModel.from_pretrained(sys.argv[1], **options)
-processor = AutoImageProcessor.from_pretrained(sys.argv[1], revision=sys.argv[2])
+import sys
+sys.modules["hf_vit_lowrank"] = None  # an installed one must not help
+repository, commit, snippet, output = sys.argv[1:]
+exec(snippet)  # AutoModelForImageClassification and AutoImageProcessor, as the card says
+from transformers import AutoModel
+base = AutoModel.from_pretrained(repository, revision=commit, trust_remote_code=True)
 pixels = processor(Image.new("RGB", (20, 10), (9, 99, 199)), return_tensors="pt").pixel_values
 with torch.no_grad():
     logits, state = model(pixels).logits, base(pixels).last_hidden_state
-torch.save({"logits": logits, "state": state, "pixels": pixels}, sys.argv[3])
+torch.save({"logits": logits, "state": state, "pixels": pixels}, output)
 """
 
 
-def test_fresh_process_loads_from_the_hub(hub: Hub, folder: Path, tmp_path: Path):
-    commit = push_folder(folder, REPOSITORY).commit
+def test_fresh_process_loads_what_was_pushed_by_the_snippet_of_the_card(hub: Hub, folder: Path, tmp_path: Path):
+    commit = str(push_folder(folder, REPOSITORY).commit)
+    snippet = code_blocks(hub.repositories[REPOSITORY].head()["README.md"].decode())[0]
+    assert f"'{REPOSITORY}', '{commit}'" in snippet
     environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "PYTHONPATH")}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": ""}
-    # -I, and a finder that knows of no such package: an installed one must not help.
-    block = "import sys; sys.modules['hf_vit_lowrank'] = None\n"
-    command = [sys.executable, "-I", "-c", block + LOADER, REPOSITORY, str(commit), str(tmp_path / "out.pt")]
+    command = [sys.executable, "-I", "-c", LOADER, REPOSITORY, commit, snippet, str(tmp_path / "out.pt")]
     run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     loaded = torch.load(tmp_path / "out.pt")
-    model, processor, _ = load_checkpoint(folder)
+    model, _, _ = load_checkpoint(folder)
+    assert run.stdout.strip() in model.config.id2label.values()
+    assert loaded["pixels"].shape == (1, 3, 16, 16)
     with torch.no_grad():
         torch.testing.assert_close(loaded["logits"], model(loaded["pixels"]).logits)
         torch.testing.assert_close(loaded["state"], model.vit(loaded["pixels"]).last_hidden_state)
-    assert loaded["pixels"].shape == (1, 3, 16, 16)
 
 
-def test_snippet_of_the_pushed_card_runs(hub: Hub, folder: Path, tmp_path: Path):
-    push_folder(folder, REPOSITORY)
-    card = ModelCard(hub.repositories[REPOSITORY].head()["README.md"].decode())
-    environment = {name: value for name, value in os.environ.items() if name not in ("HF_HUB_OFFLINE", "PYTHONPATH")}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_TOKEN": ""}
-    command = [sys.executable, "-I", "-c", code_blocks(card.text)[0]]
-    run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() in load_checkpoint(folder)[0].config.id2label.values()
+def test_verify_of_a_repository(hub: Hub, folder: Path):
+    commit = push_folder(folder, REPOSITORY).commit
+    code, out, err = call("verify", REPOSITORY, "--revision", commit)
+    assert code == 0, err
+    repository = hub.repositories[REPOSITORY]
+    repository.add("main", {**repository.head(), "modeling_lowrank_vit.py": b"import os\n"})
+    code, out, _ = call("verify", REPOSITORY)
+    assert code == 1
+    assert out.count("DIFFERS") == 2  # files, code
+    hub.make("org/other")
+    assert call("verify", "org/other")[0] == 2
+    code, _, err = call("verify", "org/nothing")
+    assert code == 2
+    assert "'org/nothing' is not on the hub" in err
 
 
 def test_the_client_validates_our_cards(hub: Hub, saved: Path):
-    from hf_vit_lowrank.model_card import model_card
-
     for record in (RECORD, {**RECORD, "evaluation": EVALUATION}):
         ModelCard(model_card(record)).validate()
     ModelCard.load(saved / "README.md").validate()
