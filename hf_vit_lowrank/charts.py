@@ -203,7 +203,7 @@ def plan_chart(plan: dict[str, Any]) -> bytes:
 def _heat_map(axes: Axes, ranks: np.ndarray, columns: Sequence[str]) -> None:
     """ranks: (layers, columns), NaN where there is nothing to show."""
     highest = max(np.nanmax(ranks, initial=1), 1)
-    axes.imshow(ranks, cmap="Blues", vmin=0, vmax=1.25 * highest, aspect="auto")
+    axes.imshow(ranks, cmap="Blues", vmin=0, vmax=1.6 * highest, aspect="auto")
     for (layer, column), rank in np.ndenumerate(ranks):
         if np.isfinite(rank):
             axes.annotate(f"{rank:.0f}", (column, layer), ha="center", va="center", fontsize=6)

@@ -293,7 +293,7 @@ def _one_sentence(repo_id: str, token: str | None) -> Iterator[None]:
     except (_CLIENT_ERROR, OSError, ValueError, RuntimeError) as error:
         kind, sentence = _verdict(_root(error), repo_id)
         for secret in (token, get_token()):
-            sentence = sentence.replace(secret, "(token)") if secret else sentence
+            sentence = sentence.replace(secret.strip(), "(token)") if secret else sentence
         # No chain: a traceback, too, would show what the hub sent back.
         raise kind(_TOKEN.sub("(token)", sentence)) from None
 

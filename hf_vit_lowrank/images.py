@@ -288,13 +288,14 @@ def open_images(
         label_column,
         description={
             "location": location,
-            "hub": source.on_hub,
             "config": config,
             "split": name,
             "image_column": image_column,
             "label_column": label_column,
             "samples": samples,
             "seed": seed,
+            # Not said of local data, so that what is kept under a hash of this description is found as before.
+            **({"hub": True} if source.on_hub else {}),
         },
         label_names=list(label.names) if isinstance(label, ClassLabel) else None,
         length=min(sizes) if sizes else None,

@@ -56,6 +56,11 @@ def pin(card: str, repository: str, revision: str) -> str:
     return _PLACE.sub(lambda _: _place(repository, revision), card, count=1)
 
 
+def unpin(card: str) -> str:
+    """The card as it was before `pin`."""
+    return _PLACE.sub(lambda _: _place(None, "main"), card, count=1)
+
+
 def pinned_revision(card: str) -> str | None:
     """The commit that the snippet of a card names."""
     line = _PLACE.search(card)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from .checkpoint import CARD, CODE, WEIGHTS, changed_files, file_sha256, probe_logits, read_record
 from .errors import as_user_error, reason
 from .hub import download_checkpoint
+from .model_card import unpin
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
 
@@ -76,8 +78,8 @@ def _files(folder: Path, record: dict[str, Any]) -> tuple[bool, str]:
     changed = list(changed_files(folder, record))
     if changed:
         return False, " ".join(changed)
-    card = folder / CARD
-    edited = file_sha256(card) != record["files"].get(CARD)
+    card = unpin((folder / CARD).read_text(encoding="utf-8")).encode()
+    edited = hashlib.sha256(card).hexdigest() != record["files"].get(CARD)
     return True, f"{len(record['files'])} files are as they were saved" + (f", {CARD} was edited since" * edited)
 
 

@@ -437,6 +437,7 @@ def test_verify_of_a_repository(hub: Hub, folder: Path):
     commit = push_folder(folder, REPOSITORY).commit
     code, out, err = call("verify", REPOSITORY, "--revision", commit)
     assert code == 0, err
+    assert "edited" not in out  # by us only, who named the commit
     repository = hub.repositories[REPOSITORY]
     repository.add("main", {**repository.head(), "modeling_lowrank_vit.py": b"import os\n"})
     code, out, _ = call("verify", REPOSITORY)

@@ -14,7 +14,7 @@ from test_checkpoint import EVALUATION, RECORD
 
 from hf_vit_lowrank.charts import plan_chart
 from hf_vit_lowrank.cli import app
-from hf_vit_lowrank.model_card import evaluation_record, model_card, pin, pinned_revision, read_card
+from hf_vit_lowrank.model_card import evaluation_record, model_card, pin, pinned_revision, read_card, unpin
 
 SOURCE_CARD = """---
 license: other
@@ -84,7 +84,7 @@ def test_paths_of_this_machine_are_not_told():
     assert not card_errors(card)
 
 
-# ------------------------------------------------------------------------------------------------ what was measured
+# -------------------------------------------------------------------------------- what was measured
 
 
 def test_results_as_the_hub_reads_them():
@@ -165,6 +165,7 @@ def test_pin():
     pinned = pin(card, "org/name", commit)
     assert pinned_revision(pinned) == commit
     assert pin(pinned, "org/name", "main") == pin(card, "org/name", "main")
+    assert unpin(pinned) == card
     assert pin("My own words.", "org/name", commit) == "My own words."
     assert pinned_revision("My own words.") is None
     different = [(a, b) for a, b in zip(card.splitlines(), pinned.splitlines(), strict=True) if a != b]
