@@ -41,7 +41,7 @@ _LONGEST_WAIT = 300
 _AGAIN = "the same command again sends what is missing"
 # The base of all errors of the HTTP client that this release of huggingface_hub uses (requests, httpx, …).
 _CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
-_TOKEN = re.compile(r"hf_\w+")
+_TOKEN = re.compile(r"\bhf_(?:oauth_|jwt_)?[A-Za-z0-9]{20,}")
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,9 @@ def push_folder(
         UserError: no intact checkpoint, no token, no right to write, an id or revision that is not there.
         RunError: the hub failed or could not be reached, or a file there differs from what was sent.
     """
+    push = _Push(Path(folder), repo_id, revision, create_pr, token)
     with _one_sentence(repo_id, token):
-        return _Push(Path(folder), repo_id, revision, create_pr, token).run(private, dry_run)
+        return push.run(private, dry_run)
 
 
 def download_checkpoint(repo_id: str, *, revision: str | None = None) -> Path:

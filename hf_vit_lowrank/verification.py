@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from .checkpoint import CARD, CODE, WEIGHTS, changed_files, file_sha256, probe_logits, read_record
-from .errors import as_user_error, reason
+from .errors import UserError, as_user_error, reason
 from .hub import download_checkpoint
 from .model_card import unpin
 from .remote.configuration_lowrank_vit import LowRankViTConfig
@@ -56,7 +56,10 @@ def verify_checkpoint(checkpoint: str, *, revision: str | None = None) -> Verifi
     """
     folder = Path(checkpoint)
     if not folder.is_dir():
-        folder = download_checkpoint(checkpoint, revision=revision)
+        try:
+            folder = download_checkpoint(checkpoint, revision=revision)
+        except UserError as error:
+            raise UserError(f"'{checkpoint}' is no folder here; and as a repository: {error}") from error
     record = read_record(folder)
     steps: dict[str, Callable[[Path, dict[str, Any]], tuple[bool, str]]] = {
         "files": _files,

@@ -351,14 +351,14 @@ def test_hub_that_is_down(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("options", [(), ("--debug",)])
 def test_token_that_the_hub_sends_back_is_not_shown(options, hub: Hub, folder: Path):
     for status, path in ((403, COMMITS), (401, "/preupload/")):
-        answer = {"error": f"the token {WRITE} (not hf_another0ne) is refused"}
+        answer = {"error": f"the token {WRITE} (not hf_another0neOfSomebodyElse) is refused"}
         hub.faults.clear()
         hub.fail("POST", path, status, times=99, answer=answer, headers={"X-Error-Message": answer["error"]})
         code, out, err = call("push", folder, REPOSITORY, *options)
         assert code == 2
         assert "the token (token) (not (token))" in err
         assert WRITE not in out + err
-        assert "hf_another0ne" not in out + err
+        assert "hf_another0neOfSomebodyElse" not in out + err
 
 
 def test_only_intact_checkpoints_are_pushed(hub: Hub, folder: Path, tmp_path: Path):
@@ -447,7 +447,7 @@ def test_verify_of_a_repository(hub: Hub, folder: Path):
     assert call("verify", "org/other")[0] == 2
     code, _, err = call("verify", "org/nothing")
     assert code == 2
-    assert "'org/nothing' is not on the hub" in err
+    assert "'org/nothing' is no folder here; and as a repository: 'org/nothing' is not on the hub" in err
 
 
 def test_the_client_validates_our_cards(hub: Hub, saved: Path):
