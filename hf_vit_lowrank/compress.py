@@ -94,11 +94,14 @@ class CompressionResult:
         revision: str | None = None,
         create_pr: bool = False,
         token: str | None = None,
-    ) -> PushReport:
+    ) -> PushReport | None:
         """Save to a temporary folder and push that whole, as `hub.push_folder` does, which says what the arguments are.
 
-        The same call again finishes a push that was interrupted: the same result has the same bytes.
+        The same call again finishes a push that was interrupted: the same result has the same bytes. Of several
+        processes the main one pushes, and the others get None.
         """
+        if not processes.is_main():
+            return None
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary) / "checkpoint"
             self.save_pretrained(folder)

@@ -137,9 +137,13 @@ def test_only_what_changed_is_sent(hub: Hub, folder: Path, result: CompressionRe
 
 
 def test_push_of_a_result(hub: Hub, result: CompressionResult, saved: Path):
-    assert result.push_to_hub(REPOSITORY, token=WRITE).commit
+    report = result.push_to_hub(REPOSITORY, token=WRITE)
+    assert report is not None
+    assert there(report) == {False}
     assert same_but_card(hub, saved)
-    assert there(result.push_to_hub(REPOSITORY)) == {True}  # saved again: the same bytes
+    report = result.push_to_hub(REPOSITORY)  # saved again: the same bytes
+    assert report is not None
+    assert there(report) == {True}
 
 
 def test_card_without_its_snippet_is_sent_as_it_is(hub: Hub, folder: Path):
