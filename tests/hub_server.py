@@ -76,13 +76,7 @@ class Hub:
         self.faults: list[Fault] = []
         self.requests: list[tuple[str, str, int]] = []  # method, path, bytes sent
         self.lock = threading.RLock()
-        hub = self
-
-        class Handler(_Handler):
-            pass
-
-        Handler.hub = hub
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def fail(self, method: str, path: str, how: Any, **options: Any) -> None:

@@ -76,7 +76,7 @@ def test_evaluate_writes_json_in_percent(compressed, digits_model, digits_data, 
 def test_evaluate_writes_the_card(compressed, digits_model, digits_data, tmp_path):
     folder = shutil.copytree(compressed[0], tmp_path / "out")
     options = ("--dataset", digits_data.validation, "--against", digits_model, "--samples", 100, "--write-card")
-    done = run("evaluate", folder, *options)
+    done = call("evaluate", folder, *options)
     assert done.returncode == 0, done.stderr
     card = ModelCard.load(folder / "README.md")
     top1, top5 = card.data.eval_results

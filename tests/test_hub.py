@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,17 @@ def test_commit_of_somebody_else_in_between(hub: Hub, folder: Path):
     assert head.pop("LICENSE") == b"theirs"
     assert same_but_card(hub, folder)
     assert len(hub.sent("POST", COMMITS)) == 3  # refused, again, card
+
+
+def test_two_pushes_at_once(hub: Hub, folder: Path):
+    with ThreadPoolExecutor(2) as pool:
+        reports = list(pool.map(lambda _: push_folder(folder, REPOSITORY), range(2)))
+    assert same_but_card(hub, folder)
+    commits = hub.repositories[REPOSITORY].commits
+    assert all(report.commit in commits for report in reports)
+    sent = len(hub.requests)
+    assert there(push_folder(folder, REPOSITORY)) == {True}
+    assert {method for method, _, _ in hub.requests[sent:]} <= {"GET", "HEAD"}
 
 
 def test_waits_as_long_as_the_hub_asks(hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch):
