@@ -18,13 +18,13 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from .charts import bytes_chart, methods_chart
+from .charts import bytes_chart, methods_chart, plan_chart
 from .compress import Calibrated, CompressionResult, build, calibrate, training_share
 from .dense import DenseSource, load_dense
 from .errors import UserError, reason
 from .evaluation import count_flops, count_parameters, evaluate_classifier, pick_device
 from .images import ImageStream, PixelBatch, pixel_batches
-from .model_card import model_card
+from .model_card import evaluation_record, model_card
 from .quantised import LIBRARIES, check_quantisers, quantise, serialised_bytes
 from .recipe import OURS, PRESETS, CompressionRecipe
 from .run_folder import RunFolder
@@ -200,7 +200,10 @@ class _Workshop:
         """The model card of a cell, named by method and size."""
         self.cards.mkdir(exist_ok=True)
         name = f"{cell.method.replace('/', '+')}_{cell.size:g}.md"
-        (self.cards / name).write_text(model_card({**record, "evaluation": evaluation}), encoding="utf-8")
+        picture = f"{name.removesuffix('.md')}.png"
+        (self.cards / picture).write_bytes(plan_chart(record["plan"]))
+        card = model_card({**record, "evaluation": evaluation_record(evaluation)}, picture=picture)
+        (self.cards / name).write_text(card, encoding="utf-8")
 
 
 def _measure_all(

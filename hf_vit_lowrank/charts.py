@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
 from .recipe import COMPENSATIONS, OURS
+from .remote.configuration_lowrank_vit import FACTORABLE
 
 _COMPRESSED = "#1f5fbf"
 _DENSE = "#444444"
@@ -158,6 +161,53 @@ def _save(figure: Figure, axes: Axes, path: str | Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
     figure.savefig(Path(path), format="png", metadata=_NO_METADATA)
+
+
+def plan_chart(plan: dict[str, Any]) -> bytes:
+    """Draw a rank plan, a row for each layer, as a PNG file.
+
+    plan: the fields of `LowRankViTConfig` that end in "_ranks" and "_widths". Ranks by head, the width of each MLP with
+    its bypass, and, where weights are stored as products of two, their ranks (a whole weight's cell stays empty).
+    """
+    layers = np.arange(len(plan["mlp_widths"]))
+    maps = {"query–key rank": plan["query_key_ranks"], "value–output rank": plan["value_output_ranks"]}
+    columns: dict[str, Sequence[str]] = {title: [str(head) for head in range(len(maps[title][0]))] for title in maps}
+    factors = plan.get("factor_ranks") or []
+    if any(factors):
+        maps["rank of the weight"] = [[ranks.get(name, np.nan) for name in FACTORABLE] for ranks in factors]
+        columns["rank of the weight"] = FACTORABLE
+    figure = Figure(figsize=(3.6 * (len(maps) + 1), 1.6 + 0.28 * len(layers)), dpi=120, layout="constrained")
+    *heat, bars = figure.subplots(1, len(maps) + 1)
+    for axes, (title, ranks) in zip(heat, maps.items(), strict=True):
+        _heat_map(axes, np.asarray(ranks, dtype=float), columns[title])
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("weight" if columns[title] is FACTORABLE else "head")
+    bars.barh(layers, plan["mlp_widths"], color=_COMPRESSED)
+    bypasses = plan.get("bypass_ranks") or [0] * len(layers)
+    for layer, (width, bypass) in enumerate(zip(plan["mlp_widths"], bypasses, strict=True)):
+        bars.annotate(f"{width}" + (f" + bypass {bypass}" if bypass else ""), (0, layer), xytext=(4, 0), fontsize=7,
+                      textcoords="offset points", va="center", color="black",
+                      bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})  # fmt: skip
+    bars.set_title("MLP width", fontsize=10)
+    bars.set_xlabel("hidden units")
+    bars.set_ylim(len(layers) - 0.5, -0.5)
+    heat[0].set_ylabel("layer")
+    for axes in (*heat, bars):
+        axes.set_yticks(layers)
+        axes.tick_params(labelsize=7)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", metadata=_NO_METADATA)
+    return file.getvalue()
+
+
+def _heat_map(axes: Axes, ranks: np.ndarray, columns: Sequence[str]) -> None:
+    """ranks: (layers, columns), NaN where there is nothing to show."""
+    highest = max(np.nanmax(ranks, initial=1), 1)
+    axes.imshow(ranks, cmap="Blues", vmin=0, vmax=1.6 * highest, aspect="auto")
+    for (layer, column), rank in np.ndenumerate(ranks):
+        if np.isfinite(rank):
+            axes.annotate(f"{rank:.0f}", (column, layer), ha="center", va="center", fontsize=6)
+    axes.set_xticks(range(len(columns)), columns)
 
 
 def short_number(value: float) -> str:

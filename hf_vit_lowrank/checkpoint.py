@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ AUTO_MAP = {
     "AutoModel": "modeling_lowrank_vit.LowRankViTModel",
     "AutoModelForImageClassification": "modeling_lowrank_vit.LowRankViTForImageClassification",
 }
+# Of the logits kept to see whether a checkpoint still computes what it did: that many classes, and digits.
+PROBE_CLASSES = 8
+PROBE_DIGITS = 6
 _OTHER_FILES_BYTES = 4 << 20  # more than all files beside the weights take
 
 
@@ -71,6 +75,7 @@ def save_checkpoint(
     record: dict[str, Any],
     card: str,
     preprocessor_config: bytes | None = None,
+    pictures: dict[str, bytes] | None = None,
     overwrite: bool = False,
 ) -> None:
     """Write a checkpoint that `AutoModelForImageClassification.from_pretrained(folder, trust_remote_code=True)` loads.
@@ -81,9 +86,11 @@ def save_checkpoint(
     parameters, exact logits), and only then renamed. With `overwrite` the old checkpoint is moved aside first and
     deleted last. The same model and record give the same bytes.
 
-    record: JSON-able, goes into compression.json together with the sha256 of every other file.
+    record: JSON-able, goes into compression.json together with the sha256 of every other file, and the logits that
+        `verify` expects (see `probe_logits`).
     card: the text of README.md.
     preprocessor_config: the source's preprocessor_config.json, kept byte for byte where it loads by itself.
+    pictures: files that the card shows, by name.
 
     Raises:
         UserError: see `check_target`.
@@ -100,6 +107,8 @@ def save_checkpoint(
         new, old = staging / "new", staging / "old"
         try:
             new.mkdir()
+            for name, content in (pictures or {}).items():
+                (new / name).write_bytes(content)
             _write(new, model, image_processor, record, card, preprocessor_config)
             _verify(new, model, image_processor)
             _swap(new, target, old)
@@ -121,15 +130,60 @@ def load_checkpoint(folder: str | Path) -> tuple[PreTrainedModel, Any, dict[str,
     return _load(Path(folder))
 
 
-def _load(folder: Path, **model_options: Any) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
-    record = read_record(folder)
+def read_record(folder: Path) -> dict[str, Any]:
+    """compression.json, whole. Raises UserError where there is none, or none of ours."""
+    record = find_record(folder)
     if record is None:
         raise UserError(f"'{folder}' is no checkpoint folder of hf-vit-lowrank: it has no valid {RECORD}.")
-    for name, digest in record.pop("files").items():
+    return record
+
+
+def intact_record(folder: Path) -> dict[str, Any]:
+    """As `read_record`, and every file is as it was saved. Raises UserError that says which is not."""
+    record = read_record(folder)
+    for fault in changed_files(folder, record):
+        raise UserError(fault)
+    return record
+
+
+def changed_files(folder: Path, record: dict[str, Any]) -> Iterator[str]:
+    """A sentence for each file that is missing or not as it was saved; README.md may have been edited."""
+    for name, digest in record["files"].items():
         if not (folder / name).is_file():
-            raise UserError(f"'{folder}' lacks {name}: get a whole copy.")
-        if name != CARD and _sha256(folder / name) != digest:
-            raise UserError(f"{name} of '{folder}' is not as it was saved (its sha256 differs): get an intact copy.")
+            yield f"'{folder}' lacks {name}: get a whole copy."
+        elif name != CARD and file_sha256(folder / name) != digest:
+            yield f"{name} of '{folder}' is not as it was saved (its sha256 differs): get an intact copy."
+
+
+def unedited_card(folder: Path) -> dict[str, Any]:
+    """The record of an intact checkpoint whose README.md is as it was saved. Raises UserError for any other."""
+    record = intact_record(folder)
+    if file_sha256(folder / CARD) != record["files"].get(CARD):
+        raise UserError(f"{CARD} of '{folder}' has been edited and would be lost: move it away, or write it by hand.")
+    return record
+
+
+def rewrite_card(folder: Path, record: dict[str, Any], card: str) -> None:
+    """Replace README.md and compression.json; `record` is what `unedited_card` gave, with something more in it.
+
+    Raises RunError where the disk fails; the checkpoint is then still intact.
+    """
+    text = card.encode()
+    record = {**record, "files": {**record["files"], CARD: hashlib.sha256(text).hexdigest()}}
+    try:
+        # In this order: a card that differs from the record is as good as an edited one.
+        for name, content in ((CARD, text), (RECORD, _record_text(record))):
+            new = folder / f".{name}.new"
+            new.write_bytes(content)
+            new.replace(folder / name)
+    except OSError as error:
+        raise RunError(f"The card of '{folder}' could not be written ({reason(error)}).") from error
+
+
+def _load(folder: Path, **model_options: Any) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
+    record = intact_record(folder)
+    del record["files"]
+    record.pop("probe", None)
     with as_user_error(f"The model in '{folder}' could not be loaded"):
         model = AutoModelForImageClassification.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=False, dtype="auto", **model_options
@@ -151,9 +205,8 @@ def _write(
         model.save_pretrained(folder)
     _write_preprocessor(folder, image_processor, preprocessor_config)
     (folder / CARD).write_text(card, encoding="utf-8")
-    files = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-    text = json.dumps({**record, "files": files}, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+    files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+    (folder / RECORD).write_bytes(_record_text({**record, "probe": probe_logits(model), "files": files}))
 
 
 def _write_with_code(folder: Path, model: LowRankViTForImageClassification) -> None:
@@ -166,6 +219,11 @@ def _write_with_code(folder: Path, model: LowRankViTForImageClassification) -> N
     save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
     for name in CODE:
         shutil.copyfile(Path(__file__).parent / "remote" / name, folder / name)
+
+
+def _record_text(record: dict[str, Any]) -> bytes:
+    text = json.dumps(record, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return (text + "\n").encode()
 
 
 def _write_preprocessor(folder: Path, image_processor: Any, source: bytes | None) -> None:
@@ -201,17 +259,14 @@ def _verify(folder: Path, model: PreTrainedModel, image_processor: Any) -> None:
     sizes = [sum(parameter.numel() for parameter in one.parameters()) for one in (again, model)]
     if sizes[0] != sizes[1]:
         raise RunError(f"The checkpoint was written, but has {sizes[0]} parameters where the model has {sizes[1]}.")
-    # Copied, since where a tensor starts in memory can change the last bit of a product: the file's are packed.
-    _copy_parameters(again, model.device)
+    # Where a tensor starts in memory (the file's are packed) and whether it wants a gradient can change the last bit.
+    for parameter, original in zip(again.parameters(), model.parameters(), strict=True):
+        parameter.data = parameter.data.clone().to(model.device)
+        parameter.requires_grad_(original.requires_grad)
     if not torch.equal(_probe(again), _probe(model)):
         raise RunError("The checkpoint was written, but gives other logits than the model in memory.")
     if _settings(processor_again) != _settings(image_processor):
         raise RunError("The checkpoint was written, but its image processor differs from the one in memory.")
-
-
-def _copy_parameters(model: torch.nn.Module, device: torch.device) -> None:
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone().to(device)
 
 
 @torch.no_grad()
@@ -239,6 +294,16 @@ def _recover(target: Path) -> None:
     shutil.rmtree(staging, ignore_errors=True)
 
 
+def probe_logits(model: PreTrainedModel) -> list[list[float]]:
+    """The first logits on two images of noise, to PROBE_DIGITS digits after the point.
+
+    In float64, where rounding differs from machine to machine only far behind those digits; takes twice the memory of
+    the weights for a moment.
+    """
+    logits = _probe(copy.deepcopy(model).cpu().double())[:, :PROBE_CLASSES]
+    return [[round(value, PROBE_DIGITS) + 0.0 for value in row] for row in logits.tolist()]
+
+
 def _swap(new: Path, target: Path, old: Path) -> None:
     """Two renames, so that the target is at no time half written; a failure of the second takes back the first."""
     existed = target.exists()
@@ -254,13 +319,13 @@ def _swap(new: Path, target: Path, old: Path) -> None:
 
 def _foreign_files(folder: Path) -> list[str]:
     """Files in a folder that no checkpoint of this package has put there."""
-    record = read_record(folder)
+    record = find_record(folder)
     ours = {RECORD, *record["files"]} if record else set()
     files = (path for path in sorted(folder.rglob("*")) if path.is_symlink() or not path.is_dir())
     return [name for file in files if (name := file.relative_to(folder).as_posix()) not in ours]
 
 
-def read_record(folder: Path) -> dict[str, Any] | None:
+def find_record(folder: Path) -> dict[str, Any] | None:
     """What compression.json of a folder says, with "files"; None where there is none that `save_checkpoint` wrote."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
@@ -272,7 +337,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):

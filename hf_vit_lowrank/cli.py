@@ -1,4 +1,4 @@
-"""The command line: `hf-vit-lowrank compress | plan | sweep | evaluate | demo | export`."""
+"""The command line: `hf-vit-lowrank compress | plan | sweep | evaluate | demo | export | push | verify`."""
 
 from __future__ import annotations
 
@@ -433,15 +433,22 @@ def evaluate(
     device: Device = None,
     revision: Revision = None,
     json: Json = None,
+    write_card: Annotated[
+        bool,
+        _option("Put the accuracies into the card of MODEL, a folder that compress wrote.", "--write-card", **_RUN),
+    ] = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Measure accuracy, size, work and speed of a classifier; classes are matched by name."""
     from . import tables
+    from .checkpoint import rewrite_card, unedited_card
     from .evaluation import evaluate_classifier, load_classifier
     from .images import open_images
+    from .model_card import PICTURE, evaluation_record, model_card
 
     _check_file(json)
+    record = unedited_card(Path(model)) if write_card else None
     images = open_images(
         dataset,
         config=config,
@@ -458,6 +465,9 @@ def evaluate(
     )
     if json:
         json.write_text(report.to_json())
+    if record:
+        record["evaluation"] = evaluation_record(report.to_dict())
+        rewrite_card(Path(model), record, model_card(record, picture=PICTURE if PICTURE in record["files"] else None))
     if not quiet:
         tables.show_evaluation(report.to_dict())
 
@@ -507,6 +517,54 @@ def export(
     run(folder, output, overwrite=overwrite)
     if not quiet:
         print(f"Written to {output}")
+
+
+@_command("hf-vit-lowrank push deit-b-lowrank60 org/deit-b-lowrank60 --private")
+def push(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint folder that compress wrote.", show_default=False)],
+    repository: Annotated[str, typer.Argument(help="Repository on the hub: owner/name.", show_default=False)],
+    private: Annotated[bool, _option("Make a new repository private.", "--private", **_RUN)] = False,
+    revision: Annotated[str | None, _option("Branch to push to (default: main).", **_RUN)] = None,
+    create_pr: Annotated[bool, _option("Open a pull request.", "--create-pr", **_RUN)] = False,
+    dry_run: Annotated[bool, _option("Only show what would be sent.", "--dry-run", **_RUN)] = False,
+    json: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Push a checkpoint to the hub (token: `hf auth login` or HF_TOKEN); what is there is not sent again."""
+    from . import tables
+    from .hub import push_folder
+
+    _check_file(json)
+    report = push_folder(
+        folder, repository, private=private or None, revision=revision, create_pr=create_pr, dry_run=dry_run
+    ).to_dict()
+    if json:
+        json.write_text(dumps(report, indent=2) + "\n")
+    if not quiet:
+        tables.show_push(report)
+
+
+@_command("hf-vit-lowrank verify deit-b-lowrank60")
+def verify(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint of ours: a folder or a hub id.", show_default=False)],
+    revision: Annotated[str | None, _option("Branch, tag or commit of the checkpoint on the hub.", **_RUN)] = None,
+    json: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Check files, code, shapes, size and logits of a checkpoint (exit code 0: as saved, 1: differs, 2: none there)."""
+    from . import tables
+    from .verification import verify_checkpoint
+
+    _check_file(json)
+    verification = verify_checkpoint(checkpoint, revision=revision)
+    if json:
+        json.write_text(dumps(verification.to_dict(), indent=2) + "\n")
+    if not quiet:
+        tables.show_verification(verification.to_dict())
+    if not verification.passed:
+        raise typer.Exit(1)
 
 
 # ---------------------------------------------------------------------------------------------------- checks of options

@@ -21,6 +21,7 @@ from torch.nn.functional import kl_div
 from . import processes
 from .augmentation import RandomViews
 from .candidates.block import BlockCandidates, block_candidates
+from .charts import plan_chart
 from .checkpoint import save_checkpoint
 from .compensation.closed_form import compensate_closed_form
 from .compensation.distill import distill
@@ -28,9 +29,10 @@ from .compensation.gradient import compensate_gradient
 from .dense import DenseSource, dense_parameters, load_dense, to_transformers
 from .errors import UserError
 from .evaluation import class_of_label, count_flops, count_parameters, pick_device
+from .hub import PushReport, push_folder
 from .images import ImageStream, Share, open_images, pixel_batches
 from .memory import memory_plan
-from .model_card import model_card
+from .model_card import PICTURE, model_card
 from .precision import half_precision
 from .presets import PRESETS
 from .presets.inputs import PresetInputs
@@ -83,10 +85,32 @@ class CompressionResult:
             self.image_processor,
             folder,
             record=record,
-            card=model_card(record),
+            card=model_card(record, picture=PICTURE),
             preprocessor_config=self.preprocessor_config,
+            pictures={PICTURE: plan_chart(record["plan"])},
             overwrite=overwrite,
         )
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        token: str | None = None,
+    ) -> PushReport | None:
+        """Save to a temporary folder and push that whole, as `hub.push_folder` does, which says what the arguments are.
+
+        The same call again finishes a push that was interrupted: the same result has the same bytes. Of several
+        processes the main one pushes, and the others get None.
+        """
+        if not processes.is_main():
+            return None
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary) / "checkpoint"
+            self.save_pretrained(folder)
+            return push_folder(folder, repo_id, private=private, revision=revision, create_pr=create_pr, token=token)
 
 
 @dataclass(frozen=True)
@@ -469,7 +493,7 @@ def _report(calibrated: Calibrated, recipe: CompressionRecipe, size: dict[str, A
     dense = calibrated.dense
     return {
         "format": 1,
-        "source": {**_source(dense), "parameters": dense.parameters},
+        "source": {**_source(dense), "parameters": dense.parameters, "card": dense.card},
         "recipe": recipe.to_dict(),
         "calibration": calibrated.calibration,
         "dense_parameters": dense.parameters,

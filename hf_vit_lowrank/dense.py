@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from .errors import UserError, as_user_error, reason
 from .images import load_image_processor
+from .model_card import read_card
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
 
@@ -67,7 +68,8 @@ class DenseSource:
     """A dense classifier at full rank in this package's layout, and where it came from.
 
     `parameters` counts what transformers stores for it, including the key and value biases that our layout folds away.
-    `preprocessor_config` holds the source's preprocessor_config.json, byte for byte, where it has one.
+    `preprocessor_config` holds the source's preprocessor_config.json, byte for byte, where it has one; `card` what its
+    card says of licence, language, tags and data (see `read_card`).
     """
 
     model: LowRankViTForImageClassification
@@ -77,6 +79,7 @@ class DenseSource:
     revision: str | None
     weights_sha256: str
     preprocessor_config: bytes | None = None
+    card: dict[str, Any] = field(default_factory=dict)
 
 
 def load_dense(source: str, *, revision: str | None = None, allow_pickle: bool = False) -> DenseSource:
@@ -98,6 +101,7 @@ def load_dense(source: str, *, revision: str | None = None, allow_pickle: bool =
         revision=commit,
         weights_sha256=_weights_hash(folder),
         preprocessor_config=preprocessor.read_bytes() if preprocessor.is_file() else None,
+        card=read_card(folder / "README.md"),
     )
 
 
@@ -312,7 +316,11 @@ def _local_folder(
         if revision is not None:
             raise UserError(f"'{source}' is a folder, so --revision {revision} has no meaning: leave it out.")
         return path, None
-    patterns = ["*.json"] + (["*.safetensors"] if weights else []) + (["*.bin"] if weights and allow_pickle else [])
+    patterns = (
+        ["*.json", "README.md"]
+        + (["*.safetensors"] if weights else [])
+        + (["*.bin"] if weights and allow_pickle else [])
+    )
     try:
         folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except HFValidationError as error:

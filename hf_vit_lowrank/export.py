@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
-from .checkpoint import PREPROCESSOR, check_target, read_record, save_checkpoint
+from .checkpoint import PREPROCESSOR, check_target, find_record, save_checkpoint
 from .dense import to_transformers, why_not_uniform
 from .errors import RunError, UserError, reason
 from .evaluation import count_parameters, load_classifier
@@ -209,7 +209,7 @@ def _saved(
     model: PreTrainedModel, image_processor: Any, folder: str | Path, output: str | Path, form: str, overwrite: bool
 ) -> PreTrainedModel:
     source = Path(folder)
-    record = {key: value for key, value in (read_record(source) or {}).items() if key != "files"}
+    record = {key: value for key, value in (find_record(source) or {}).items() if key != "files"}
     record |= {"exported": form, "remote_code": False, "parameters": count_parameters(model)}
     preprocessor = source / PREPROCESSOR
     save_checkpoint(

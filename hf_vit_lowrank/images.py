@@ -294,6 +294,8 @@ def open_images(
             "label_column": label_column,
             "samples": samples,
             "seed": seed,
+            # Not said of local data, so that what is kept under a hash of this description is found as before.
+            **({"hub": True} if source.on_hub else {}),
         },
         label_names=list(label.names) if isinstance(label, ClassLabel) else None,
         length=min(sizes) if sizes else None,
@@ -308,6 +310,7 @@ class _Source:
     splits: list[str]
     open: Callable[[str], Any]  # split -> Dataset or IterableDataset
     count: Callable[[str, Any], int | None]  # split, opened data -> number of rows
+    on_hub: bool = False
 
 
 def _no_images(location: str, split: str) -> UserError:
@@ -350,7 +353,7 @@ def _hub_source(location: str, config: str | None) -> _Source:
         known = (data.info.splits or {}).get(split)
         return known.num_examples or None if known else None
 
-    return _Source(list(splits), splits.__getitem__, count)
+    return _Source(list(splits), splits.__getitem__, count, on_hub=True)
 
 
 def _folder_source(folder: Path, for_calibration: bool) -> _Source:

@@ -2,31 +2,94 @@
 
 from __future__ import annotations
 
+import logging
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from .recipe import OURS
+from .recipe import OURS, CompressionRecipe
 
+logger = logging.getLogger(__name__)
+
+PICTURE = "rank_plan.png"
 _TEMPLATE = Path(__file__).with_name("card_template.md.jinja")
 _IMAGE_ARGUMENTS = ("config", "split", "image_column", "label_column", "samples", "seed")
+# What a source's card says that is true of a smaller model, too.
+_KEPT = ("license", "license_name", "license_link", "language", "tags", "datasets")
+# The line of the snippet that says where the checkpoint is.
+_PLACE = re.compile(r"^checkpoint, revision = .*$", re.MULTILINE)
 
 
-def model_card(record: dict[str, Any]) -> str:
+def read_card(path: Path) -> dict[str, Any]:
+    """Licence, language, tags and training data from the metadata of a card, as far as they are there; JSON-able."""
+    if not path.is_file():
+        return {}
+    try:
+        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except Exception as error:  # YAML's, Unicode's, the hub client's: a source is no worse for a broken card
+        logger.warning("the card %s cannot be read (%s): its licence and tags are not taken over", path, error)
+        return {}
+    return {name: data[name] for name in _KEPT if _is_text(data.get(name))}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value))
+
+
+def evaluation_record(report: dict[str, Any]) -> dict[str, Any]:
+    """The part of an `EvaluationReport` that a card shows: accuracies, not the speed of the machine it was made on."""
+    dense = report["against"]
+    return {
+        **{name: report[name] for name in ("images", "top1", "top5", "agreement", "data")},
+        "skipped": len(report["skipped"]),
+        "against": dense and {name: dense[name] for name in ("top1", "top5")},
+    }
+
+
+def pin(card: str, repository: str, revision: str) -> str:
+    """The card with a snippet that loads from a repository; the same card where its snippet was taken out."""
+    return _PLACE.sub(lambda _: _place(repository, revision), card, count=1)
+
+
+def unpin(card: str) -> str:
+    """The card as it was before `pin`."""
+    return _PLACE.sub(lambda _: _place(None, "main"), card, count=1)
+
+
+def pinned_revision(card: str) -> str | None:
+    """The commit that the snippet of a card names."""
+    line = _PLACE.search(card)
+    found = re.search(r"'([0-9a-f]{40})'", line.group()) if line else None
+    return found.group(1) if found else None
+
+
+def _place(repository: str | None, revision: str) -> str:
+    if repository is None:
+        return (
+            'checkpoint, revision = ".", "main"  # this folder; or the repository it is in, and the commit whose code '
+            "you have read"
+        )
+    return f"checkpoint, revision = {repository!r}, {revision!r}  # the commit whose code you have read"
+
+
+def model_card(record: dict[str, Any], *, picture: str | None = None) -> str:
     """Markdown with the hub's metadata on top.
 
     record: "source" (location, revision, parameters), "recipe", "calibration", "parameters"; where they are there also
-        "flops", "dense_flops", "versions", "evaluation" (an `EvaluationReport`'s dictionary) and "repository" (id and
-        revision on the hub, for the snippet; without it the snippet loads the folder it is run in).
+        "card" of the source (see `read_card`), "flops", "dense_flops", "versions" and "evaluation" (see
+        `evaluation_record`).
+    picture: file beside the card that shows the rank plan.
 
-    Text from outside (paths, ids) goes into code spans or Python literals, so it cannot change the page.
+    The snippet loads the folder it is run in; `pin` makes it load from a repository. Of paths on the machine where the
+    model was made only the last part is shown. Text from outside (paths, ids) goes into code spans or into Python and
+    shell literals, so it cannot change the page.
     """
     source, evaluation = record["source"], record.get("evaluation") or {}
-    repository = record.get("repository") or {}
     reduction = 1 - record["parameters"] / source["parameters"]
     template = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True).from_string(
         _TEMPLATE.read_text(encoding="utf-8")
@@ -34,18 +97,19 @@ def model_card(record: dict[str, Any]) -> str:
     return template.render(
         metadata=Markup(_metadata(record).to_yaml().strip()),
         title=Markup(f"{_code(_short_name(source['location']))}, {100 * reduction:.0f} % smaller"),
-        source=_code(source["location"]),
+        source=_code(source["location"]) if _on_hub(source) else "a model in a local folder",
         removed=f"{100 * reduction:.1f} %",
         dense={"parameters": _millions(source["parameters"])},
         small={"parameters": _millions(record["parameters"])},
         method=_method(record.get("recipe", {})),
-        repository=_literal(repository["id"]) if repository else None,
-        revision=_literal(repository.get("revision") or "main"),
+        place=Markup(_place(None, "main")),
+        picture=picture,
         rows=_rows(record),
         evaluation=_evaluation(evaluation) if evaluation else None,
         remote_code=record.get("remote_code", True),
         has_accuracy=evaluation.get("top1") is not None,
         call=_call(record),
+        command=_command_line(record),
         versions=", ".join(f"{name} {version}" for name, version in sorted(record.get("versions", {}).items())),
     )
 
@@ -85,15 +149,61 @@ def _metadata(record: dict[str, Any]) -> ModelCardData:
     "quantized" is where its model tree lists smaller stand-ins for the same model. Left out, the hub would infer
     "finetune", which claims a training that did not happen; the tags say what was done.
     """
-    source = record["source"]
-    on_hub = source.get("revision") is not None  # folders have none, and base_model must be a hub id
+    source, calibration = record["source"], record.get("calibration", {})
+    kept = dict(source.get("card", {}))
+    datasets = [*_list(kept.pop("datasets", [])), *([calibration["location"]] if calibration.get("hub") else [])]
+    tags = [*_list(kept.pop("tags", [])), "vit", "low-rank", "compression", "hf-vit-lowrank"]
+    results = _results(record)
+    link = kept.get("license_link")
+    if link and "://" not in link:  # a file beside the source's weights
+        kept["license_link"] = (
+            f"{constants.ENDPOINT}/{source['location']}/blob/main/{link}" if _on_hub(source) else None
+        )
     return ModelCardData(
-        base_model=source["location"] if on_hub else None,
-        base_model_relation="quantized" if on_hub else None,
+        **kept,
+        base_model=source["location"] if _on_hub(source) else None,  # a path is no id of the hub
+        base_model_relation="quantized" if _on_hub(source) else None,
         library_name="transformers",
         pipeline_tag="image-classification",
-        tags=["vit", "low-rank", "compression", "hf-vit-lowrank"],
+        tags=list(dict.fromkeys(tags)),
+        datasets=list(dict.fromkeys(datasets)) or None,
+        metrics=["accuracy"] if results else None,
+        model_name=f"{_short_name(source['location'])}-lowrank" if results else None,
+        eval_results=results or None,
     )
+
+
+def _list(value: str | list[str]) -> list[str]:
+    return [value] if isinstance(value, str) else value
+
+
+def _results(record: dict[str, Any]) -> list[EvalResult]:
+    """For the metadata's model-index. As in `evaluate`'s metric of that name, accuracy is a share, not in percent."""
+    evaluation = record.get("evaluation") or {}
+    data = evaluation.get("data") or {}
+    location = str(data.get("location", "images"))
+    # The builders of `datasets` stand for data that have no id on the hub, as in the cards that transformers writes.
+    builder = "parquet" if location.endswith(".parquet") else "imagefolder"
+    return [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=location if data.get("hub") else builder,
+            dataset_name=_shown(data, location),
+            dataset_config=data.get("config"),
+            dataset_split=data.get("split"),
+            dataset_args={"images": evaluation["images"]} if "images" in evaluation else None,
+            metric_type="accuracy",
+            metric_name=f"{name} accuracy",
+            metric_value=round(evaluation[key] / 100, 6),
+        )
+        for name, key in (("top-1", "top1"), ("top-5", "top5"))
+        if evaluation.get(key) is not None
+    ]
+
+
+def _on_hub(source: dict[str, Any]) -> bool:
+    """A source that is a folder has no revision."""
+    return source.get("revision") is not None
 
 
 def _rows(record: dict[str, Any]) -> list[dict[str, str]]:
@@ -125,8 +235,9 @@ def _evaluation(evaluation: dict[str, Any]) -> dict[str, Any]:
     split = f" (split {data['split']})" if data.get("split") else ""
     return {
         "images": evaluation.get("images", "an unknown number of"),
-        "data": _code(f"{location}{split}") if location else None,
+        "data": _code(f"{_shown(data, location)}{split}") if location else None,
         "agreement": None if agreement is None else _percent(agreement),
+        "skipped": evaluation.get("skipped"),
     }
 
 
@@ -136,11 +247,37 @@ def _call(record: dict[str, Any]) -> dict[str, Markup | None]:
     recipe = {name: value for name, value in record.get("recipe", {}).items() if value is not None}
     revision = source.get("revision")
     return {
-        "source": _literal(source["location"]),
+        "source": _literal(_shown_source(source)),
         "revision": _literal(revision) if revision else None,
-        "images": Markup(", ".join([_literal(calibration.get("location", "IMAGES")), *_keywords(options)])),
+        "images": Markup(", ".join([_literal(_shown(calibration, "IMAGES")), *_keywords(options)])),
         "recipe": Markup(", ".join(_keywords(recipe))),
     }
+
+
+def _command_line(record: dict[str, Any]) -> Markup | None:
+    """The options that are not at their defaults; None where a name has several lines, which no command shows well."""
+    source, calibration, recipe = record["source"], record.get("calibration", {}), record.get("recipe", {})
+    preset = recipe.get("preset", OURS)
+    default = {**CompressionRecipe(reduction=0.0, preset=preset).to_dict(), "reduction": None, "preset": OURS}
+    images = {name: calibration.get(name) for name in ("config", "split", "image_column")}
+    chosen = {name: value for name, value in recipe.items() if value != default.get(name)}
+    chosen = {**images, **chosen, "revision": source.get("revision"), "output": "compressed"}
+    words = ["hf-vit-lowrank", "compress", _shown_source(source), "--calibration", _shown(calibration, "IMAGES")]
+    for name, value in chosen.items():
+        if value is not None:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    command = shlex.join(words)
+    return None if "\n" in command else Markup(command)
+
+
+def _shown_source(source: dict[str, Any]) -> str:
+    return source["location"] if _on_hub(source) else _short_name(source["location"])
+
+
+def _shown(data: dict[str, Any], default: str) -> str:
+    """A data set's id, or the last part of a path."""
+    location = str(data.get("location", default))
+    return location if data.get("hub") else _short_name(location)
 
 
 def _keywords(values: dict[str, Any]) -> list[Markup]:

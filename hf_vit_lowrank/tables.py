@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 BYTES_PER_PARAMETER = 4  # checkpoints are written in float32
 
@@ -66,6 +67,34 @@ def show_evaluation(report: dict[str, Any]) -> None:
         console.print(f"Same first choice as the dense model: {report['agreement']:.2f} % of the images")
     if report["skipped"]:
         console.print(f"Unreadable images left out: {len(report['skipped'])}")
+
+
+def show_push(report: dict[str, Any]) -> None:
+    """The files of a PushReport, and where they are now."""
+    console = _console()
+    waiting = "to send" if report["dry_run"] else "sent"
+    table = Table("file", title=f"{report['repository']}, {report['revision']}")
+    table.add_column("bytes", justify="right")
+    table.add_column("")
+    for file in report["files"]:
+        table.add_row(file["name"], f"{file['bytes']:,}", "there" if file["there"] else waiting)
+    console.print(table)
+    new = [file for file in report["files"] if not file["there"]]
+    console.print(f"{len(new)} of {len(report['files'])} files {waiting}, {sum(file['bytes'] for file in new):,} bytes")
+    if report["dry_run"]:
+        console.print("Nothing was sent.")
+    else:
+        console.print(f"On the hub at commit {report['commit']}, every file compared", soft_wrap=True)
+    if report["pull_request"]:
+        console.print(f"Pull request: {report['pull_request']}", soft_wrap=True)
+
+
+def show_verification(verification: dict[str, Any]) -> None:
+    console = _console()
+    table = Table("check", "", "", title=Text(verification["checkpoint"]))
+    for check in verification["checks"]:
+        table.add_row(check["name"], "ok" if check["passed"] else "DIFFERS", Text(check["detail"]))
+    console.print(table)
 
 
 def _comparison(title: str, measured: Sequence[dict[str, Any]]) -> Table:

@@ -35,7 +35,14 @@ RECORD: dict[str, Any] = {
     "format": 1,
     "source": {"location": "facebook/deit-x", "revision": "abc", "weights_sha256": "0", "parameters": 10_000},
     "recipe": RECIPE.to_dict(),
-    "calibration": {"location": "some/images", "config": None, "split": "train", "samples": 100, "seed": 0},
+    "calibration": {
+        "location": "some/images",
+        "hub": True,
+        "config": None,
+        "split": "train",
+        "samples": 100,
+        "seed": 0,
+    },
     "plan": {"query_key_ranks": [[3, 7]], "value_output_ranks": [[5, 8]], "mlp_widths": [9]},
     "parameters": 6_000,
     "flops": 7_000_000_000,
@@ -439,7 +446,6 @@ def test_hostile_names_stay_text():
         "source": {**RECORD["source"], "location": name, "revision": name},
         "calibration": {"location": name, "split": name},
         "evaluation": {**EVALUATION, "data": {"location": name}},
-        "repository": {"id": name, "revision": name},
         "versions": {"<b>": "<i>"},
     }
     card = model_card(record)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from typer.testing import CliRunner
 
@@ -48,7 +52,7 @@ def test_compress_writes_a_checkpoint_of_the_wanted_size(compressed, digits_mode
     assert f"{stored:,}" in done.stdout
     assert {path.name for path in output.iterdir()} == {
         "config.json", "model.safetensors", "configuration_lowrank_vit.py", "modeling_lowrank_vit.py",
-        "preprocessor_config.json", "README.md", "compression.json",
+        "preprocessor_config.json", "README.md", "compression.json", "rank_plan.png",
     }  # fmt: skip
     assert (output / "preprocessor_config.json").read_bytes() == (
         digits_model / "preprocessor_config.json"
@@ -67,6 +71,35 @@ def test_evaluate_writes_json_in_percent(compressed, digits_model, digits_data, 
     assert report["agreement"] > 80
     assert report["parameters"] < report["against"]["parameters"]
     assert f"{report['top1']:.2f}" in done.stdout
+
+
+def test_evaluate_writes_the_card(compressed, digits_model, digits_data, tmp_path):
+    folder = shutil.copytree(compressed[0], tmp_path / "out")
+    options = ("--dataset", digits_data.validation, "--against", digits_model, "--samples", 100, "--write-card")
+    done = call("evaluate", folder, *options)
+    assert done.returncode == 0, done.stderr
+    card = ModelCard.load(folder / "README.md")
+    top1, top5 = card.data.eval_results
+    assert (top1.metric_name, top1.dataset_args) == ("top-1 accuracy", {"images": 100})
+    assert 0.8 < top1.metric_value <= top5.metric_value <= 1
+    assert f"| top-1 | {100 * top1.metric_value:.2f} %" in re.sub(r"top-1 \| \S+ % ", "top-1 ", card.text)
+    assert "](rank_plan.png)" in card.text
+    done = call("verify", folder)
+    assert done.returncode == 0, done.stdout
+    (folder / "README.md").write_text("My own words.")
+    assert "would be lost" in sentence(call("evaluate", folder, *options))
+    assert "no checkpoint" in sentence(call("evaluate", digits_model, *options))
+
+
+@pytest.mark.slow
+def test_the_command_of_the_card_makes_the_same_bytes(compressed, digits_model, digits_data, tmp_path):
+    command = (compressed[0] / "README.md").read_text().split("```bash\n")[1].split("\n```")[0]
+    for path in (digits_model, digits_data.calibration):  # the card has no paths of this machine
+        command = command.replace(path.name, shlex.quote(str(path)))
+    done = run(*shlex.split(command)[1:], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = {path.name: path.read_bytes() for path in (tmp_path / "compressed").iterdir()}
+    assert again == {path.name: path.read_bytes() for path in compressed[0].iterdir()}
 
 
 def test_plan_prints_ranks_and_writes_nothing(digits_model, digits_data, tmp_path):
@@ -89,7 +122,7 @@ def test_sweep_writes_three_files(digits_model, digits_data, tmp_path):
     assert all(0 < row["agreement"] <= 100 for row in rows)
 
 
-@pytest.mark.parametrize("command", ["compress", "plan", "sweep", "evaluate", "demo"])
+@pytest.mark.parametrize("command", ["compress", "plan", "sweep", "evaluate", "demo", "push", "verify"])
 def test_help_has_an_example(command):
     done = call(command, "--help")
     assert done.returncode == 0
