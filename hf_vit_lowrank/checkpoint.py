@@ -13,8 +13,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from .dense import check_weights
 from .errors import RunError, UserError, as_user_error, reason
 from .images import load_image_processor
+from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
 
 RECORD = "compression.json"
@@ -119,19 +121,33 @@ def load_checkpoint(folder: str | Path) -> tuple[LowRankViTForImageClassificatio
 
 
 def _load(folder: Path, **model_options: Any) -> tuple[LowRankViTForImageClassification, Any, dict[str, Any]]:
-    record = _read_record(folder)
+    record = check_record(folder)
     if record is None:
         raise UserError(f"'{folder}' is no checkpoint folder of hf-vit-lowrank: it has no valid {RECORD}.")
-    for name, digest in record.pop("files").items():
-        if not (folder / name).is_file():
-            raise UserError(f"'{folder}' lacks {name}: get a whole copy.")
-        if name != CARD and _sha256(folder / name) != digest:
-            raise UserError(f"{name} of '{folder}' is not as it was saved (its sha256 differs): get an intact copy.")
     with as_user_error(f"The model in '{folder}' could not be loaded"):
+        check_weights(folder, str(folder), LowRankViTForImageClassification, LowRankViTConfig.from_pretrained(folder))
         model = LowRankViTForImageClassification.from_pretrained(
             folder, use_safetensors=True, dtype="auto", **model_options
         )
     return model.eval(), load_image_processor(str(folder)), record
+
+
+def check_record(folder: str | Path) -> dict[str, Any] | None:
+    """The record of a checkpoint folder without its hashes, after every file was compared with them; None without one.
+
+    Raises:
+        UserError: a file is missing or differs (README.md may).
+    """
+    record = _read_record(Path(folder))
+    if record is None:
+        return None
+    for name, digest in record.pop("files").items():
+        path = Path(folder, name)
+        if not path.is_file():
+            raise UserError(f"'{folder}' lacks {name}: get a whole copy.")
+        if name != CARD and _sha256(path) != digest:
+            raise UserError(f"{name} of '{folder}' is not as it was saved (its sha256 differs): get an intact copy.")
+    return record
 
 
 def _write(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from .allocation import ErrorCurve, ImpossibleBudgetError, allocate
+from .allocation import SMALLEST_SIZE, ErrorCurve, ImpossibleBudgetError, allocate
 from .candidates.block import BlockCandidates, UnitCosts
 from .errors import UserError
 from .remote.configuration_lowrank_vit import LowRankViTConfig
@@ -118,10 +119,28 @@ def budgeted_ranks(
     try:
         return choose_ranks(candidates, costs, limit - fixed, query_key_weight, multiple)
     except ImpossibleBudgetError as error:
-        raise UserError(
-            f"At most {limit:,} {cost} cannot be reached: with the smallest ranks this model still has "
-            f"{fixed + error.smallest_cost:,}; ask for at least that."
-        ) from error
+        raise unreachable(limit, cost, fixed + error.smallest_cost) from error
+
+
+def unreachable(limit: int, cost: str, smallest: int) -> UserError:
+    """The error of a limit of parameters or FLOPs below the smallest size that a method can make."""
+    return UserError(
+        f"At most {limit:,} {cost} cannot be reached: with the smallest sizes of this method the model still has "
+        f"{smallest:,}; ask for at least that."
+    )
+
+
+def smallest_config(config: LowRankViTConfig) -> LowRankViTConfig:
+    """The smallest sizes that `budgeted_ranks` can choose."""
+    layers, heads = config.num_hidden_layers, config.num_attention_heads
+    smallest = RankPlan(
+        query_key_ranks=[[SMALLEST_SIZE] * heads for _ in range(layers)],
+        value_output_ranks=[[SMALLEST_SIZE] + [0] * (heads - 1) for _ in range(layers)],
+        mlp_widths=[SMALLEST_SIZE] * layers,
+        bypass_ranks=[0] * layers,
+        predicted_loss=math.nan,
+    )
+    return smallest.apply(config)
 
 
 def model_costs(config: LowRankViTConfig, cost: str) -> tuple[list[UnitCosts], int]:
