@@ -169,7 +169,8 @@ class _Workshop:
         if self._calibrated is None or self._calibrated[0] != share:
             self._calibrated = None  # gives its memory back before the next is made
             device = str(self.dense.model.device)
-            made = calibrate(self._source, self._calibration, recipe, hold_back=share, device=device)
+            every_size = replace(recipe, reduction=0.0)  # one that cannot be reached is its own cell's failure
+            made = calibrate(self._source, self._calibration, every_size, hold_back=share, device=device)
             # A data set on the hub may have changed under its name.
             if self._known - {made.calibration["sha256"]}:
                 raise UserError(

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
+from .dense import check_weights
 from .errors import RunError, UserError, as_user_error, reason
 from .images import load_image_processor
+from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
 
 RECORD = "compression.json"
@@ -185,6 +187,9 @@ def _load(folder: Path, **model_options: Any) -> tuple[PreTrainedModel, Any, dic
     del record["files"]
     record.pop("probe", None)
     with as_user_error(f"The model in '{folder}' could not be loaded"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if isinstance(config, LowRankViTConfig):
+            check_weights(folder, str(folder), LowRankViTForImageClassification, config)
         model = AutoModelForImageClassification.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=False, dtype="auto", **model_options
         )

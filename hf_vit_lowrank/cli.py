@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import RunError, UserError, reason
+from .errors import RunError, UserError, reason, without_secrets
 from .recipe import COMPENSATIONS, COSTS, OURS, PRESETS, CompressionRecipe
 
 # Everything that needs time to import is imported inside the commands.
@@ -143,7 +143,7 @@ def _command(example: str) -> Callable[[Callable[..., None]], Callable[..., None
                 raise
             except (Exception, KeyboardInterrupt) as error:
                 if options["debug"]:
-                    traceback.print_exc()
+                    print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)
                 code, sentence = _verdict(error)
                 print(sentence, file=sys.stderr)
                 raise typer.Exit(code) from None
@@ -233,6 +233,7 @@ def compress(
     from . import processes, progress, tables
     from .checkpoint import check_target
     from .compress import compress as compress_model
+    from .compress import weight_bytes
     from .memory import parse_bytes
     from .run_folder import RunFolder
 
@@ -255,7 +256,7 @@ def compress(
         native=native,
     )
     _refuse_source(output, source)
-    check_target(output, 0, overwrite=overwrite)
+    check_target(output, weight_bytes(source, recipe, revision=revision), overwrite=overwrite)
     images = _calibration_images(calibration, config, split, image_column, recipe)
     folder = output.absolute().parent / f".{output.name}.run"
     run = RunFolder(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -23,27 +24,30 @@ from .augmentation import RandomViews
 from .candidates.block import BlockCandidates, block_candidates
 from .charts import plan_chart
 from .checkpoint import save_checkpoint
-from .compensation.closed_form import compensate_closed_form
+from .compensation.closed_form import BlockDrift, compensate_closed_form
 from .compensation.distill import distill
-from .compensation.gradient import compensate_gradient
-from .dense import DenseSource, dense_parameters, load_dense, to_transformers
-from .errors import UserError
+from .compensation.gradient import BlockTraining, compensate_gradient
+from .dense import DenseSource, dense_parameters, load_dense, not_finite, to_transformers
+from .errors import RunError, UserError
 from .evaluation import class_of_label, count_flops, count_parameters, pick_device
 from .hub import PushReport, push_folder
 from .images import ImageStream, Share, open_images, pixel_batches
 from .memory import memory_plan
 from .model_card import PICTURE, model_card
+from .out_of_memory import with_smaller_batches
 from .precision import half_precision
-from .presets import PRESETS
+from .presets import PRESETS, smallest_parameters
 from .presets.inputs import PresetInputs
 from .progress import say, track
-from .rank_plan import RankPlan, budgeted_ranks, plan_cost
+from .rank_plan import RankPlan, budgeted_ranks, plan_cost, smallest_config, unreachable
 from .recipe import OURS, CompressionRecipe
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
 from .run_folder import RunFolder
 from .statistics import BlockStatistics, collect_statistics
 from .surgery import shrink
+
+logger = logging.getLogger(__name__)
 
 # Share of the calibration images held back: to measure agreement on, and to decide what training may keep.
 AGREEMENT_SHARE = 0.2
@@ -262,7 +266,7 @@ def calibrate(
         dense.model.requires_grad_(False)
         torch.nn.Module.to(dense.model, processes.device() if processes.count() > 1 else pick_device(device))
         if recipe.min_agreement is None:
-            _limit(dense, recipe)  # a model to match that cannot be read is found before the long work
+            _check_reachable(dense, recipe)  # before the long work
     if memory_limit is not None and run.folder is None:
         raise UserError("A memory limit needs a run folder, where the moments are parked.")
     if memory_limit is not None and processes.count() > 1:
@@ -298,6 +302,7 @@ def calibrate(
         **calibration.description,
         "images": int(processes.total(sum(map(len, fitting + held_back)))),
         "sha256": image_sha256,
+        "skipped": list(own.skipped),
         "processes": processes.count(),
     }
     return Calibrated(
@@ -323,15 +328,20 @@ def _parked_statistics(
 
 
 def _statistics(dense: DenseSource, embeddings: list[Tensor], seed: int, layers: range | None) -> list[BlockStatistics]:
-    batches = track(embeddings, "Statistics", sum(map(len, embeddings)), size=len)
     half = dense.model.device.type == "cuda" and half_precision(dense.model.device)
-    return collect_statistics(dense.model, batches, seed, torch.bfloat16 if half else torch.float32, layers)
+
+    def collect(batches: list[Tensor]) -> list[BlockStatistics]:
+        tracked = track(batches, "Statistics", sum(map(len, batches)), size=len)
+        return collect_statistics(dense.model, tracked, seed, torch.bfloat16 if half else torch.float32, layers)
+
+    return with_smaller_batches("Statistics", collect, embeddings)
 
 
 def build(calibrated: Calibrated, recipe: CompressionRecipe, *, run: RunFolder = NOWHERE) -> CompressionResult:
     """One size from what was calibrated; with training in the recipe some images must have been held back.
 
-    run: where finished stages are kept. Raises UserError where the size cannot be reached.
+    run: where finished stages are kept. Raises UserError where the size cannot be reached, RunError where the result is
+    not finite.
     """
     dense = calibrated.dense
     seconds: dict[str, float] = {}
@@ -342,6 +352,8 @@ def build(calibrated: Calibrated, recipe: CompressionRecipe, *, run: RunFolder =
         torch.nn.Module.to(model, dense.model.device)
     report = _report(calibrated, recipe, size)
     report.update(_compensate(calibrated, model, recipe, seconds, run))
+    if (name := not_finite(model)) is not None:
+        raise RunError(f"{name} of the smaller model is not finite: the dense weights or activations are too large.")
     report["seconds"] = {**calibrated.seconds, **seconds}
     return CompressionResult(model.cpu(), dense.image_processor, report, dense.preprocessor_config)
 
@@ -377,9 +389,7 @@ def _compensate(
     if recipe.preset == OURS:
         shrunk = copy.deepcopy(model) if recipe.compensation in TRAINED else None
         with _timed(seconds, "compensation"):
-            drifts = compensate_closed_form(
-                calibrated.dense.model, model, calibrated.statistics, calibrated.fitting, run.part("closed-form")
-            )
+            drifts = _refit(calibrated, model, run.part("closed-form"))
         report["blocks"] = [asdict(drift) for drift in drifts]
     if recipe.compensation in TRAINED:
         with _timed(seconds, "gradient"):
@@ -388,6 +398,16 @@ def _compensate(
         with _timed(seconds, "distillation"):
             report["distillation"] = _distill(calibrated, model, recipe, run.part("distillation"))
     return report
+
+
+def _refit(calibrated: Calibrated, model: LowRankViTForImageClassification, run: RunFolder) -> list[BlockDrift]:
+    start = copy.deepcopy(model.state_dict())
+
+    def refit(batches: list[Tensor]) -> list[BlockDrift]:
+        model.load_state_dict(start)
+        return compensate_closed_form(calibrated.dense.model, model, calibrated.statistics, batches, run)
+
+    return with_smaller_batches("Compensation", refit, calibrated.fitting)
 
 
 def _train_blocks(
@@ -402,13 +422,21 @@ def _train_blocks(
     shrunk: the model before its refit, from which training starts with refits of its own; None for other presets.
     """
     trained = copy.deepcopy(model) if shrunk is None else shrunk
+    start = copy.deepcopy(trained.state_dict())
+
+    def train(batches: list[Tensor]) -> list[BlockTraining]:
+        trained.load_state_dict(start)
+        return compensate_gradient(
+            *(calibrated.dense.model, trained, calibrated.statistics, batches, calibrated.held_back),
+            refit=shrunk is not None,
+            seed=recipe.seed,
+            run=run,
+        )
+
     embeddings = calibrated.fitting + _view_embeddings(calibrated, recipe)
-    records = compensate_gradient(
-        *(calibrated.dense.model, trained, calibrated.statistics, embeddings, calibrated.held_back),
-        refit=shrunk is not None,
-        seed=recipe.seed,
-        run=run,
-    )
+    records = with_smaller_batches("Training block by block", train, embeddings)
+    if not any(record.kept for record in records):
+        logger.warning("training made no block better on held-back images: all stay as they were refitted")
     before, after = (held_back_divergence(calibrated, one) for one in (model, trained))
     if after < before:
         model.load_state_dict(trained.state_dict())
@@ -480,13 +508,38 @@ def _ranks(calibrated: Calibrated, recipe: CompressionRecipe) -> RankPlan:
 
 def _limit(dense: DenseSource, recipe: CompressionRecipe) -> int:
     """The most parameters or FLOPs that the recipe allows."""
+    in_flops = recipe.cost == "flops"
+    return _allowed(recipe, plan_cost(dense.model.config, "flops", recipe.native) if in_flops else dense.parameters)
+
+
+def _allowed(recipe: CompressionRecipe, whole: int) -> int:
     if recipe.max_parameters is not None:
         return recipe.max_parameters
     if recipe.match is not None:
         return dense_parameters(recipe.match)
     assert recipe.reduction is not None
-    whole = dense.parameters if recipe.cost == "parameters" else plan_cost(dense.model.config, "flops", recipe.native)
     return int((1 - recipe.reduction) * whole)
+
+
+def weight_bytes(source: str, recipe: CompressionRecipe, *, revision: str | None = None) -> int:
+    """Bytes that the weights will take on disk, by the source's configuration alone; 0 where only the run can tell.
+
+    Raises UserError where the source, or the model to match, cannot be used.
+    """
+    whole = dense_parameters(source, revision=revision)
+    if recipe.min_agreement is not None or recipe.cost != "parameters":
+        return 0
+    return 4 * min(whole, _allowed(recipe, whole))
+
+
+def _check_reachable(dense: DenseSource, recipe: CompressionRecipe) -> None:
+    if recipe.preset == OURS:
+        multiple = 1 if recipe.native else recipe.rank_multiple
+        smallest = plan_cost(smallest_config(dense.model.config, multiple), recipe.cost, recipe.native)
+    else:
+        smallest = smallest_parameters(recipe.preset, dense.model)
+    if (limit := _limit(dense, recipe)) < smallest:
+        raise unreachable(limit, recipe.cost, smallest)
 
 
 def _report(calibrated: Calibrated, recipe: CompressionRecipe, size: dict[str, Any]) -> dict[str, Any]:
@@ -521,6 +574,7 @@ def _planned_size(calibrated: Calibrated, recipe: CompressionRecipe, ranks: Rank
         "parameters": plan_cost(config, "parameters", recipe.native),
         "flops": plan_cost(config, "flops", recipe.native),
         "predicted_loss": ranks.predicted_loss,
+        "moment_ranks": [block.moment_ranks for block in calibrated.candidates],
     }
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from .errors import UserError, as_user_error, reason
@@ -114,9 +117,13 @@ def dense_parameters(source: str, *, revision: str | None = None) -> int:
     folder, _ = _local_folder(source, revision, allow_pickle=False, weights=False)
     architecture = _checked_architecture(folder, source)
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return _size(getattr(transformers, architecture), config)
+
+
+def _size(architecture: Any, config: Any) -> int:
+    """Number of parameters; nothing of that size is made."""
     with torch.device("meta"):
-        model = getattr(transformers, architecture)(config)
-    return sum(parameter.numel() for parameter in model.parameters())
+        return sum(parameter.numel() for parameter in architecture(config).parameters())
 
 
 def from_transformers(dense: PreTrainedModel) -> LowRankViTForImageClassification:
@@ -341,18 +348,72 @@ def _checked_architecture(folder: Path, source: str) -> str:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"config.json of '{source}' is not valid JSON: {error}") from error
+        raise UserError(
+            f"config.json of '{source}' is not valid JSON ({reason(error)}): get an intact copy."
+        ) from error
+    if not isinstance(config, dict):
+        raise UserError(f"config.json of '{source}' is no JSON object: get an intact copy.")
     if config.get("model_type") == LowRankViTConfig.model_type:
         raise UserError(f"'{source}' is already compressed: start from the dense checkpoint it was made of.")
     if config.get("quantization_config"):
         raise UserError(f"'{source}' is quantised: compress the unquantised checkpoint, and quantise the result.")
-    architecture = (config.get("architectures") or ["nothing"])[0]
-    if architecture not in SUPPORTED:
-        raise UserError(f"'{source}' holds {architecture}; supported are {', '.join(SUPPORTED)}.")
+    return checked_architecture(config, source, SUPPORTED)
+
+
+def checked_architecture(config: dict[str, Any], source: str, supported: Sequence[str]) -> str:
+    """The class of model that a config.json names, its sizes checked.
+
+    Raises:
+        UserError: not one of `supported`, or a size that is absurd.
+    """
+    architectures = config.get("architectures")
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else "nothing"
+    if architecture not in supported:
+        raise UserError(f"'{source}' holds {architecture}; supported are {', '.join(supported)}.")
+    _check_sizes(config, source)
     return architecture
 
 
+def _check_sizes(config: dict[str, Any], source: str) -> None:
+    """Refuse absurd sizes in a config.json before transformers makes layers, labels or weights of them."""
+    fields = {name: config[name] for name in (*_SHARED_FIELDS, "num_labels", "id2label") if name in config}
+    with as_user_error(f"config.json of '{source}' cannot be used"):
+        LowRankViTConfig(**fields)
+
+
+def check_weights(folder: Path, source: str, architecture: Any, config: Any) -> None:
+    """Refuse, before transformers opens or makes anything, weights that it should not.
+
+    Raises:
+        UserError: an index names anything but .safetensors files beside it, or those files hold less than half of
+            what a model of this configuration has (transformers would make the rest first and complain afterwards).
+    """
+    for path in folder.glob("*.safetensors.index.json"):
+        with as_user_error(f"{path.name} of '{source}' is no index of weights"):
+            names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+        for name in sorted(map(str, names)):
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise UserError(
+                    f"{path.name} of '{source}' names {name}, which is no .safetensors file beside it: get an intact "
+                    "copy."
+                )
+    files, stored = list(folder.glob("*.safetensors")), 0
+    with as_user_error(f"The weights of '{source}' could not be read; they must be whole, and safetensors"):
+        for path in files:
+            with safe_open(path, "pt") as tensors:
+                stored += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+        needed = _size(architecture, config)
+    if files and needed > 2 * stored:  # single names that are missing are told later
+        raise UserError(
+            f"'{source}' lacks weights: its files hold {stored:,} values, and a model of its config.json has "
+            f"{needed:,}: get a whole copy."
+        )
+
+
 def _load_transformers(folder: Path, source: str, architecture: str, allow_pickle: bool) -> PreTrainedModel:
+    with as_user_error(f"config.json of '{source}' cannot be used"):
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    check_weights(folder, source, getattr(transformers, architecture), config)
     if not allow_pickle and not list(folder.glob("*.safetensors")):
         raise UserError(
             f"'{source}' has no .safetensors weights; convert them, or pass --allow-pickle if you trust its author "
@@ -368,10 +429,14 @@ def _load_transformers(folder: Path, source: str, architecture: str, allow_pickl
         )
     if info["missing_keys"]:
         raise UserError(f"'{source}' lacks weights, the first is {min(info['missing_keys'])}: get a whole copy.")
-    for name, parameter in dense.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise UserError(f"'{source}' holds NaN or infinite weights, first in {name}: get an intact copy.")
+    if (name := not_finite(dense)) is not None:
+        raise UserError(f"'{source}' holds NaN or infinite weights, first in {name}: get an intact copy.")
     return dense
+
+
+def not_finite(model: torch.nn.Module) -> str | None:
+    """Name of the first parameter that holds NaN or infinity, if one does."""
+    return next((name for name, values in model.named_parameters() if not torch.isfinite(values).all()), None)
 
 
 def _weights_hash(folder: Path) -> str:

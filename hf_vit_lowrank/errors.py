@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_SECRETS = (
+    (re.compile(r"hf_[A-Za-z0-9]{8,}"), "hf_…"),  # tokens of the hub
+    (re.compile(r"(?i)(bearer )\S+"), r"\1…"),
+    (re.compile(r"(://)[^/@\s]+@"), r"\1…@"),  # user and password of an address
+    (re.compile(r"(://[^\s?'\"]+\?)[^\s'\"]+"), r"\1…"),  # what signs an address
+)
 
-class UserError(Exception):
+
+def without_secrets(text: str) -> str:
+    """The text with tokens, passwords and the queries of web addresses left out."""
+    for pattern, shown in _SECRETS:
+        text = pattern.sub(shown, text)
+    return text
+
+
+class _SentenceError(Exception):
+    def __init__(self, sentence: str) -> None:
+        super().__init__(without_secrets(sentence))
+
+
+class UserError(_SentenceError):
     """Bad input. One sentence: what is wrong, where, and the way out. The command line prints it and exits with 2."""
 
 
-class RunError(Exception):
+class RunError(_SentenceError):
     """A run that failed although its input was right (network, disk, memory). The command line exits with 1."""
 
 
 def reason(error: BaseException) -> str:
     """The first line of the message of an error, or of its cause where it has one."""
     error = error.__cause__ or error
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+    return without_secrets((str(error).strip().splitlines() or [type(error).__name__])[0].rstrip("."))
 
 
 @contextmanager

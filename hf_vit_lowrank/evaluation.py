@@ -19,9 +19,10 @@ from datasets import Features, Sequence, Value
 from huggingface_hub import try_to_load_from_cache
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 
-from .dense import SUPPORTED
+from .checkpoint import find_record, intact_record
+from .dense import SUPPORTED, check_weights, checked_architecture
 from .errors import RunError, UserError, as_user_error
 from .images import ImageStream, PixelBatch, load_image_processor, match_labels, pixel_batches
 from .progress import track
@@ -101,11 +102,15 @@ def load_classifier(source: str, *, revision: str | None = None) -> tuple[PreTra
     """
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     with as_user_error(f"'{source}' is neither a folder with a checkpoint nor a model that the hub gives out"):
-        config = AutoConfig.from_pretrained(source, **options)
+        values, _ = PretrainedConfig.get_config_dict(source, revision=revision)
     known = (LowRankViTForImageClassification.__name__, *SUPPORTED)
-    architecture = (config.architectures or ["nothing"])[0]
-    if architecture not in known:
-        raise UserError(f"'{source}' holds {architecture}; supported are {', '.join(known)}.")
+    checked_architecture(values, source, known)
+    with as_user_error(f"config.json of '{source}' cannot be used"):
+        config = AutoConfig.from_pretrained(source, **options)
+    if Path(source).is_dir():
+        if find_record(Path(source)) is not None:
+            intact_record(Path(source))
+        check_weights(Path(source), source, AutoModelForImageClassification.from_config, config)
     with as_user_error(f"The weights of '{source}' could not be read; they must be whole, and safetensors"):
         model, info = AutoModelForImageClassification.from_pretrained(
             source, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options

@@ -25,7 +25,7 @@ from datasets.distributed import split_dataset_by_node
 from PIL import Image, ImageOps
 from pyarrow import parquet
 
-from .errors import RunError, UserError, as_user_error, reason
+from .errors import RunError, UserError, as_user_error, reason, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -241,7 +241,7 @@ def _download(url: str) -> bytes:
 
 def _path_of(value: Any) -> str:
     path = (value or {}).get("path")
-    return f" ({path})" if path else ""
+    return f" ({without_secrets(path)})" if path else ""
 
 
 # ------------------------------------------------------------------------------------------------------- opening a set

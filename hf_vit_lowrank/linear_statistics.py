@@ -110,6 +110,7 @@ def _zeros(block: LowRankViTBlock) -> dict[str, LinearStatistics]:
     return statistics
 
 
+@torch.enable_grad()  # a preset may ask from where gradients are off
 def _traced_backward(
     model: LowRankViTForImageClassification, embeddings: Tensor, generator: torch.Generator
 ) -> tuple[list[LinearTrace], Iterator[dict[str, Tensor]]]:

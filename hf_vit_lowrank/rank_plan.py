@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from .allocation import ErrorCurve, ImpossibleBudgetError, allocate, allocate_pair
+from .allocation import SMALLEST_SIZE, ErrorCurve, ImpossibleBudgetError, allocate, allocate_pair
 from .candidates.block import BlockCandidates, UnitCosts
 from .errors import UserError
 from .remote.configuration_lowrank_vit import LowRankViTConfig
@@ -147,10 +148,34 @@ def budgeted_ranks(
             return choose_native_ranks(candidates, costs, limit - fixed, query_key_weight)
         return choose_ranks(candidates, costs, limit - fixed, query_key_weight, multiple)
     except ImpossibleBudgetError as error:
-        raise UserError(
-            f"At most {limit:,} {cost} cannot be reached: with the smallest ranks this model still has "
-            f"{fixed + error.smallest_cost:,}; ask for at least that."
-        ) from error
+        raise unreachable(limit, cost, fixed + error.smallest_cost) from error
+
+
+def unreachable(limit: int, cost: str, smallest: int) -> UserError:
+    """The error of a limit of parameters or FLOPs below the smallest size that a method can make."""
+    return UserError(
+        f"At most {limit:,} {cost} cannot be reached: with the smallest sizes of this method the model still has "
+        f"{smallest:,}; ask for at least that."
+    )
+
+
+def smallest_config(config: LowRankViTConfig, multiple: int) -> LowRankViTConfig:
+    """The smallest sizes that `budgeted_ranks` can choose; how a layer's are spread over its heads costs nothing."""
+    layers, heads, width = config.num_hidden_layers, config.num_attention_heads, config.intermediate_size
+    whole = sum(config.query_key_ranks[0])
+
+    def spread(smallest: int) -> list[int]:
+        even, extra = divmod(min(-(-smallest // multiple) * multiple, whole), heads)
+        return [even + (head < extra) for head in range(heads)]
+
+    smallest = RankPlan(
+        query_key_ranks=[spread(heads) for _ in range(layers)],
+        value_output_ranks=[spread(SMALLEST_SIZE) for _ in range(layers)],
+        mlp_widths=[min(multiple, width)] * layers,
+        bypass_ranks=[0] * layers,
+        predicted_loss=math.nan,
+    )
+    return smallest.apply(config)
 
 
 def model_costs(config: LowRankViTConfig, cost: str, native: bool = False) -> tuple[list[UnitCosts], int]:

@@ -16,6 +16,7 @@ PRESETS = (
     *("corp", "modegpt", "magnitude", "taylor"),
 )
 COMPENSATIONS = ("none", "closed-form", "gradient", "distill")
+_KINDS: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "str": (str,), "bool": (bool,)}
 _TARGETS = ("reduction", "max_parameters", "match", "min_agreement")
 
 
@@ -64,6 +65,7 @@ class CompressionRecipe:
     native: bool = False
 
     def __post_init__(self) -> None:
+        self._check_kinds()
         given = [name for name in _TARGETS if getattr(self, name) is not None]
         _require(len(given) == 1, f"say how small by exactly one of {', '.join(_TARGETS)} (given: {given or 'none'})")
         _require(
@@ -74,17 +76,17 @@ class CompressionRecipe:
             self.min_agreement is None or 0 < self.min_agreement <= 1,
             f"min_agreement must be in (0, 1], not {self.min_agreement}",
         )
-        _require(self.cost in COSTS, f"cost must be one of {', '.join(COSTS)}, not '{self.cost}'")
+        _require(self.cost in COSTS, f"cost must be one of {', '.join(COSTS)}, not {self.cost!r}")
         _require(
             self.cost == "parameters" or self.max_parameters is self.match is None,
             "cost 'flops' needs reduction or min_agreement: max_parameters and match count parameters",
         )
-        _require(self.preset in PRESETS, f"preset must be one of {', '.join(PRESETS)}, not '{self.preset}'")
+        _require(self.preset in PRESETS, f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
         if self.compensation is None:
             object.__setattr__(self, "compensation", "closed-form" if self.preset == OURS else "none")
         _require(
             self.compensation in COMPENSATIONS,
-            f"compensation must be one of {', '.join(COMPENSATIONS)}, not '{self.compensation}'",
+            f"compensation must be one of {', '.join(COMPENSATIONS)}, not {self.compensation!r}",
         )
         _require(
             self.preset == OURS or self.compensation != "closed-form",
@@ -108,6 +110,14 @@ class CompressionRecipe:
         _require(0 < self.query_key_weight < float("inf"), "query_key_weight must be positive")
         _require(self.rank_multiple >= 1, f"rank_multiple must be at least 1, not {self.rank_multiple}")
         _require(not self.native or self.preset == OURS, f"native goes with preset '{OURS}' only")
+
+    def _check_kinds(self) -> None:
+        for field in fields(self):
+            value, kind = getattr(self, field.name), str(field.type).removesuffix(" | None")
+            if value is None and field.type != kind:
+                continue
+            right = isinstance(value, _KINDS[kind]) and isinstance(value, bool) == (kind == "bool")
+            _require(right, f"{field.name} must be of type {kind}, not {value!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` gives the same recipe back."""

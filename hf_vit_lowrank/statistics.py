@@ -6,6 +6,7 @@ that no input moment of the whole hidden size is needed. All sums run over token
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,10 @@ from torch import Tensor
 
 from . import processes
 from .errors import RunError
+from .linalg import FLOAT32_ROUNDING, eigh
 from .remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification, merge_heads, split_heads
+
+logger = logging.getLogger(__name__)
 
 # Read tokens get weight 1. Other tokens get at least this, or a block would be fitted to one token an image alone.
 SMALLEST_TOKEN_WEIGHT = 0.002
@@ -51,8 +55,22 @@ class Moments:
         return Moments(self.count, self.first[..., chosen], self.second[..., chosen, :][..., chosen])
 
     def covariance(self) -> Tensor:
-        """Centred second moment, summed (not averaged) over tokens: (..., n, n)."""
-        return self.second - self.first.unsqueeze(-1) * self.first.unsqueeze(-2) / self.count
+        """Centred second moment, summed (not averaged) over tokens: (..., n, n).
+
+        An entry that float32 cannot tell from a constant varies with no other, and by what rounding may have hidden.
+        """
+        centred = self.second - self.first.unsqueeze(-1) * self.first.unsqueeze(-2) / self.count
+        hidden = FLOAT32_ROUNDING * self.second.diagonal(dim1=-2, dim2=-1)
+        constant = centred.diagonal(dim1=-2, dim2=-1) < hidden
+        if constant.any():
+            centred = centred.masked_fill(constant.unsqueeze(-1) | constant.unsqueeze(-2), 0.0)
+            centred = centred + torch.diag_embed(hidden * constant)
+        return centred
+
+    def rank(self) -> int:
+        """Of the covariance (n, n), as far as float32 products tell."""
+        values, _ = eigh(self.covariance())
+        return int((values > FLOAT32_ROUNDING * self.second.trace()).sum())
 
 
 def _add_gram(second: Tensor, values: Tensor) -> None:
@@ -191,6 +209,12 @@ def collect_statistics(
         raise RunError("No calibration image was seen: the calibration data are empty.")
     for block_statistics in statistics:
         _add_up(block_statistics)
+    tokens = int(statistics[0].mlp.count)
+    if tokens < config.intermediate_size:
+        logger.warning(
+            "%d calibration tokens are fewer than the %d hidden units of an MLP: use more images for a better result",
+            *(tokens, config.intermediate_size),
+        )
     return statistics
 
 

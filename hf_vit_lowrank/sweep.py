@@ -52,7 +52,7 @@ def sweep(
     calibrated = calibrate(
         source,
         calibration,
-        recipe,
+        replace(recipe, reduction=max(reductions)),  # what cannot be reached is refused before the long work
         hold_back=hold_back,
         revision=revision,
         allow_pickle=allow_pickle,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -29,6 +30,7 @@ def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProc
 def call(*arguments: object) -> subprocess.CompletedProcess[str]:
     """As `run`, but in this process: seconds cheaper, for what ends before any work."""
     done = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": "160", "NO_COLOR": "1"})
+    logging.getLogger("hf_vit_lowrank").handlers.clear()  # they write to a stderr that is gone
     return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
 

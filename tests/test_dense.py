@@ -300,6 +300,8 @@ REFUSALS = {
     "missing weights": (_weights(lambda s: s.pop("classifier.weight")), "lacks weights.*classifier.weight"),
     "wrong shape": (_weights(lambda s: s.update({"classifier.bias": torch.zeros(7)})), "could not be read"),
     "missing shard": (_missing_shard, "could not be read"),
+    "absurd size": (lambda f: edit_config(f, hidden_size=10**9), "config.json.*hidden_size must be a whole number"),
+    "more than the file holds": (lambda f: edit_config(f, hidden_size=2**14), "files hold 21,989 values"),
     "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
     "broken config": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     "no processor": (lambda f: (f / "preprocessor_config.json").unlink(), "image processor"),

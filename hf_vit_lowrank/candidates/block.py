@@ -35,12 +35,14 @@ class UnitCosts:
 class BlockCandidates:
     """query_key, value_output: of all heads; width: the MLP's units; `bypass` around those kept.
 
+    moment_ranks: of the covariances that the images have determined, of contexts and the MLP's inputs.
     down_weight (d, w), mlp_covariance (w + d, w + d) and mlp_metric (d, d) are what bypasses are made from.
     """
 
     query_key: QueryKeyLayer
     value_output: ValueOutputCandidate
     width: Elimination
+    moment_ranks: dict[str, int]
     down_weight: Tensor
     mlp_covariance: Tensor
     mlp_metric: Tensor
@@ -82,9 +84,11 @@ def block_candidates(block: LowRankViTBlock, statistics: BlockStatistics, even_h
     images, heads = statistics.images, len(statistics.key)
     queries = statistics.query.weighted(attention_weight)
     down_weight = block.mlp.down.weight.detach().cpu()
-    mlp_covariance = statistics.mlp.weighted(mlp_weight).covariance() / images
+    hidden_and_inputs = statistics.mlp.weighted(mlp_weight)
+    mlp_covariance = hidden_and_inputs.covariance() / images
     scales = statistics.score_gradient * images / (queries.count * statistics.query.count)
     mlp_metric, width = output_metric(statistics.mlp_gradient, mlp_weight), down_weight.shape[1]
+    contexts = statistics.context.weighted(attention_weight)
     return BlockCandidates(
         query_key=query_key_layer(
             [
@@ -95,12 +99,13 @@ def block_candidates(block: LowRankViTBlock, statistics: BlockStatistics, even_h
         ),
         value_output=value_output_candidate(
             block.attention.output.weight.detach().cpu(),
-            statistics.context.weighted(attention_weight).covariance() / images,
+            contexts.covariance() / images,
             output_metric(statistics.attention_gradient, attention_weight),
             heads,
             even_heads,
         ),
         width=mlp_width_candidate(down_weight, mlp_covariance[:width, :width], mlp_metric),
+        moment_ranks={"contexts": contexts.rank(), "MLP inputs": hidden_and_inputs.part(slice(width, None)).rank()},
         down_weight=down_weight,
         mlp_covariance=mlp_covariance,
         mlp_metric=mlp_metric,

@@ -17,7 +17,7 @@ from torch import Tensor
 from .. import processes
 from ..candidates.block import output_metric
 from ..candidates.mlp_width import mlp_width_candidate
-from ..linalg import ridge_solve
+from ..linalg import RELATIVE_FLOOR, ridge_solve
 from ..progress import track
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
 from ..run_folder import RunFolder
@@ -206,4 +206,6 @@ def _drift(dense_stream: list[Tensor], small_stream: list[Tensor], num_read: int
     processes.add_up(sums)
     variance = processes.total(float((dense - sums / count).square().sum()))
     error = processes.total(float((small - dense).square().sum()))
-    return error / max(variance, torch.finfo(torch.float64).tiny)
+    # One image, or the same one again, has no variance beyond rounding.
+    floor = RELATIVE_FLOOR * processes.total(float(dense.square().sum()))
+    return error / max(variance, floor, torch.finfo(torch.float32).tiny)

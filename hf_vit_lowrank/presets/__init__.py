@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..rank_plan import plan_cost
 from ..remote.modeling_lowrank_vit import LowRankViTForImageClassification
 from . import corp, factored, flar_svd, modegpt, paper, pruning
 from .inputs import PresetInputs
+from .pair_form import sparse_config
 
 # A model, in eval mode, with at most so many parameters. Raises UserError where that cannot be reached.
 Preset = Callable[[PresetInputs, int], LowRankViTForImageClassification]
@@ -26,3 +28,13 @@ PRESETS: dict[str, Preset] = {
     "magnitude": pruning.magnitude,
     "taylor": pruning.taylor,
 }
+
+
+def smallest_parameters(preset: str, dense: LowRankViTForImageClassification) -> int:
+    """The smallest size that a preset can make of a model, by its configuration alone."""
+    if preset == "paper":
+        return paper.smallest_paper(dense)
+    if preset in ("corp", "modegpt", "magnitude", "taylor"):
+        everything = [1.0] * dense.config.num_hidden_layers
+        return plan_cost(sparse_config(dense.config, everything, value_output=preset != "corp"), "parameters")
+    return factored.smallest_factored(dense)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..linalg import RELATIVE_FLOOR, ridge_solve
+from ..linalg import RELATIVE_FLOOR, eigh, ridge_solve
 from ..remote.modeling_lowrank_vit import LowRankViTAttention, LowRankViTForImageClassification
 from ..statistics import Moments
 from ..surgery import resized
@@ -93,8 +93,8 @@ def query_key_maps(query: Tensor, key: Tensor, kept: Tensor, ridge: float) -> tu
     The ridge is that of the paper's equation for sums, G_Q M G_K + λ M = C_Q C_K.
     """
     removed = _others(kept, len(query))
-    query_values, query_vectors = torch.linalg.eigh(query[kept][:, kept])
-    key_values, key_vectors = torch.linalg.eigh(key[kept][:, kept])
+    query_values, query_vectors = eigh(query[kept][:, kept])
+    key_values, key_vectors = eigh(key[kept][:, kept])
     cross = query[kept][:, removed] @ key[removed][:, kept]
     spectrum = torch.outer(query_values.clamp_min(0), key_values.clamp_min(0))
     floor = (RELATIVE_FLOOR * spectrum.max()).clamp_min(ridge)

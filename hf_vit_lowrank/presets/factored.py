@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..allocation import ErrorCurve, ImpossibleBudgetError, allocate
 from ..candidates.factored import FactoredCandidate, bias_change, factored_candidate
-from ..errors import UserError
 from ..evaluation import count_parameters
 from ..linear_statistics import LinearStatistics, traced_linears, whole_weights
 from ..progress import track
+from ..rank_plan import unreachable
 from ..remote.configuration_lowrank_vit import LowRankViTConfig
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
 from ..statistics import Moments
@@ -137,7 +137,7 @@ def kfac_svd(inputs: PresetInputs, limit: int) -> LowRankViTForImageClassificati
     try:
         sizes = allocate(curves, limit - fixed)
     except ImpossibleBudgetError as error:
-        raise unreachable(limit, fixed + error.smallest_cost) from error
+        raise unreachable(limit, "parameters", fixed + error.smallest_cost) from error
     ranks = whole_ranks(dense)
     for (layer, name), curve, size in zip(names, curves, sizes, strict=True):
         if size < curve.largest:
@@ -172,6 +172,15 @@ def factored_parameters(dense: LowRankViTForImageClassification, ranks: FactorRa
         weights = whole_weights(block)
         total += sum(rank * sum(weights[name].shape) - weights[name].numel() for name, rank in own.items())
     return total
+
+
+def smallest_factored(dense: LowRankViTForImageClassification) -> int:
+    """Parameters with rank 1 wherever that is smaller than the weight."""
+    ones = [
+        {name: 1 for name, weight in whole_weights(block).items() if largest_rank(*weight.shape) >= 1}
+        for block in _blocks(dense)
+    ]
+    return factored_parameters(dense, ones)
 
 
 def whole_ranks(dense: LowRankViTForImageClassification) -> FactorRanks:
@@ -214,23 +223,15 @@ def scaled_ranks(
             for own in wanted
         ]
 
-    smallest = factored_parameters(dense, at(0.0))
+    smallest = smallest_factored(dense)
     if smallest > limit:
-        raise unreachable(limit, smallest)
+        raise unreachable(limit, "parameters", smallest)
 
     def fits(scale: float) -> bool:
         return factored_parameters(dense, at(scale)) <= limit
 
     whole = max((largest + 1) / share for own in wanted for share, largest in own.values())
     return at(whole if fits(whole) else last_that_fits(fits, 0.0, whole))
-
-
-def unreachable(limit: int, smallest: int) -> UserError:
-    """The error of a limit below the smallest size that a preset can make."""
-    return UserError(
-        f"At most {limit:,} parameters cannot be reached by this preset: with the smallest ranks this model still has "
-        f"{smallest:,}; ask for at least that."
-    )
 
 
 # ---------------------------------------------------------------------------------------------------- making the model

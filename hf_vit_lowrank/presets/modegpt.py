@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..linalg import ridge_solve, square_root
+from ..linalg import eigh, ridge_solve, square_root
 from ..remote.modeling_lowrank_vit import LowRankViTAttention, LowRankViTForImageClassification
 from ..statistics import BlockStatistics, Moments
 from ..surgery import resized
@@ -89,7 +89,7 @@ def layer_shares(importance: Tensor, strength: float) -> list[float]:
 
 def leverage_scores(moment: Tensor) -> Tensor:
     """diag(C (C + λ I)⁻¹) of a second moment (w, w)."""
-    values, vectors = torch.linalg.eigh(moment)
+    values, vectors = eigh(moment)
     values = values.clamp_min(0)
     return vectors.square() @ (values / (values + LEVERAGE_RIDGE))
 

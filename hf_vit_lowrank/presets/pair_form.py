@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import UserError
-from ..rank_plan import RankPlan, plan_cost
+from ..rank_plan import RankPlan, plan_cost, unreachable
 from ..remote.configuration_lowrank_vit import LowRankViTConfig
 from ..remote.modeling_lowrank_vit import (
     LowRankViTAttention,
@@ -35,10 +34,7 @@ def largest_config(limit: int, at: Callable[[float], LowRankViTConfig]) -> LowRa
         return at(0.0)
     smallest = plan_cost(at(1.0), "parameters")
     if smallest > limit:
-        raise UserError(
-            f"At most {limit:,} parameters cannot be reached by this preset: with its smallest sizes this model still "
-            f"has {smallest:,}; ask for at least that."
-        )
+        raise unreachable(limit, "parameters", smallest)
     return at(last_that_fits(lambda strength: plan_cost(at(strength), "parameters") <= limit, 1.0, 0.0))
 
 

@@ -13,14 +13,15 @@ from ..candidates.factored import FactoredCandidate
 from ..evaluation import count_parameters
 from ..linear_statistics import LinearStatistics, whole_weights
 from ..progress import track
+from ..rank_plan import unreachable
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
 from .factored import (
     FactorRanks,
     all_candidates,
     factored_model,
+    factored_parameters,
     largest_rank,
     set_factors,
-    unreachable,
     whole_ranks,
 )
 
@@ -71,7 +72,7 @@ def paper_ranks(
     for layer, own in enumerate(candidates):
         for name, candidate in own.items():
             outputs, inputs = len(candidate.expand), candidate.reduce.shape[1]
-            rank = max(1, int(SECOND_SHARE * outputs * inputs / (outputs + inputs)))
+            rank = _second_rank(outputs, inputs)
             second[layer][name] = rank
             fixed += rank * (outputs + inputs) - outputs * inputs
             largest = max(1, largest_rank(outputs, inputs) - rank)
@@ -80,11 +81,24 @@ def paper_ranks(
     try:
         sizes = energy_greedy(curves, limit - fixed)
     except ImpossibleBudgetError as error:
-        raise unreachable(limit, fixed + error.smallest_cost) from error
+        raise unreachable(limit, "parameters", fixed + error.smallest_cost) from error
     first = whole_ranks(dense)
     for (layer, name), size in zip(names, sizes, strict=True):
         first[layer][name] = size
     return first, second
+
+
+def smallest_paper(dense: LowRankViTForImageClassification) -> int:
+    """Parameters with rank 1 of all BA, beside GY."""
+    blocks: Any = dense.vit.blocks
+    return factored_parameters(
+        dense,
+        [{name: 1 + _second_rank(*weight.shape) for name, weight in whole_weights(block).items()} for block in blocks],
+    )
+
+
+def _second_rank(outputs: int, inputs: int) -> int:
+    return max(1, int(SECOND_SHARE * outputs * inputs / (outputs + inputs)))
 
 
 def _second_moment(statistics: LinearStatistics) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,17 @@ from transformers.configuration_utils import PretrainedConfig
 FORMAT_VERSION = 1
 # The weights of a block that can be a product of two.
 FACTORABLE = ("query", "key", "value", "output", "up", "down")
+# Far above any real model. What is larger is damage or an attack, and refused before anything of that size is made.
+LARGEST = {
+    "hidden_size": 100_000,
+    "num_hidden_layers": 1_000,
+    "num_attention_heads": 1_000,
+    "intermediate_size": 1_000_000,
+    "num_channels": 10_000,
+}
+LARGEST_IMAGE = 100_000
+MOST_LABELS = 10_000_000
+MOST_PARAMETERS = 10**11
 
 
 class LowRankViTConfig(PretrainedConfig):
@@ -27,7 +38,8 @@ class LowRankViTConfig(PretrainedConfig):
         The other arguments are those of transformers' `ViTConfig`. Ranks and widths left out mean the dense ones.
 
     Raises:
-        ValueError: the plan does not fit the dense fields, or `format_version` is newer than this code.
+        ValueError: a size is no whole number or absurdly large, the plan does not fit the dense fields, or
+            `format_version` is newer than this code.
     """
 
     model_type = "lowrank_vit"
@@ -72,14 +84,16 @@ class LowRankViTConfig(PretrainedConfig):
         self.qkv_bias = qkv_bias
         self.use_distillation_token = use_distillation_token
         self.use_distillation_head = use_distillation_head
+        self.format_version = format_version
+        self._check_sizes(kwargs)
         dense_ranks = [[hidden_size // num_attention_heads] * num_attention_heads for _ in range(num_hidden_layers)]
         self.query_key_ranks = dense_ranks if query_key_ranks is None else query_key_ranks
         self.value_output_ranks = dense_ranks if value_output_ranks is None else value_output_ranks
         self.mlp_widths = [intermediate_size] * num_hidden_layers if mlp_widths is None else mlp_widths
         self.factor_ranks = [{} for _ in range(num_hidden_layers)] if factor_ranks is None else factor_ranks
         self.bypass_ranks = [0] * num_hidden_layers if bypass_ranks is None else bypass_ranks
-        self.format_version = format_version
         self._check()
+        self._check_total(kwargs)
         super().__init__(**kwargs)
 
     @property
@@ -92,17 +106,41 @@ class LowRankViTConfig(PretrainedConfig):
         """Tokens that the classifier reads: the class token, and the distillation token where it has a head."""
         return 2 if self.use_distillation_head else 1
 
-    def _check(self) -> None:
+    def _check_sizes(self, labels: dict[str, Any]) -> None:
+        if not _is_count(self.format_version, 1):
+            raise ValueError(f"format_version must be a whole number from 1, not {self.format_version!r}.")
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"This checkpoint has format_version {self.format_version}, but the code knows only up to "
                 f"{FORMAT_VERSION}: load it with the .py files of its own folder, or upgrade hf-vit-lowrank."
             )
+        for name, largest in LARGEST.items():
+            if not _is_count(getattr(self, name), 1, largest):
+                raise ValueError(f"{name} must be a whole number from 1 to {largest}, not {getattr(self, name)!r}.")
+        for name in ("image_size", "patch_size"):
+            sides = _sides(getattr(self, name))
+            if len(sides) != 2 or not all(_is_count(side, 1, LARGEST_IMAGE) for side in sides):
+                raise ValueError(
+                    f"{name} must be one or two whole numbers from 1 to {LARGEST_IMAGE}, not {getattr(self, name)!r}."
+                )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range", "layer_norm_eps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+                raise ValueError(f"{name} must be a number from 0, not {value!r}.")
+        if not isinstance(self.hidden_act, str):
+            raise ValueError(f"hidden_act must be a name, not {self.hidden_act!r}.")
+        if labels.get("num_labels") is not None and not _is_count(labels["num_labels"], 0, MOST_LABELS):
+            raise ValueError(f"num_labels must be a whole number up to {MOST_LABELS}, not {labels['num_labels']!r}.")
+        if labels.get("id2label") is not None and not isinstance(labels["id2label"], dict):
+            raise ValueError("id2label must map numbers to names.")
+
+    def _check(self) -> None:
         if self.use_distillation_head and not self.use_distillation_token:
             raise ValueError("use_distillation_head needs use_distillation_token.")
         for name in ("query_key_ranks", "value_output_ranks"):
             ranks = getattr(self, name)
-            if len(ranks) != self.num_hidden_layers or any(len(r) != self.num_attention_heads for r in ranks):
+            shape = (self.num_hidden_layers, self.num_attention_heads)
+            if not _is_list(ranks, shape[0]) or not all(_is_list(layer, shape[1]) for layer in ranks):
                 raise ValueError(
                     f"{name} must hold {self.num_hidden_layers} lists (layers) of {self.num_attention_heads} ranks "
                     "(heads)."
@@ -111,25 +149,44 @@ class LowRankViTConfig(PretrainedConfig):
                 raise ValueError(f"{name} must be whole numbers from 0 to {self.hidden_size}.")
             if any(sum(layer) == 0 for layer in ranks):
                 raise ValueError(f"{name} must leave at least one rank in each layer.")
-        if len(self.mlp_widths) != self.num_hidden_layers:
+        if not _is_list(self.mlp_widths, self.num_hidden_layers):
             raise ValueError(f"mlp_widths must hold {self.num_hidden_layers} numbers, one per layer.")
         if any(not _is_count(width, 1, self.intermediate_size) for width in self.mlp_widths):
             raise ValueError(f"mlp_widths must be whole numbers from 1 to {self.intermediate_size}.")
         self._check_factors()
 
     def _check_factors(self) -> None:
-        if len(self.factor_ranks) != self.num_hidden_layers:
+        if not _is_list(self.factor_ranks, self.num_hidden_layers):
             raise ValueError(f"factor_ranks must hold {self.num_hidden_layers} dictionaries, one per layer.")
         for ranks in self.factor_ranks:
             if not isinstance(ranks, dict) or not set(ranks) <= set(FACTORABLE):
                 raise ValueError(f"factor_ranks must map names among {', '.join(FACTORABLE)} to ranks, not {ranks}.")
             if any(not _is_count(rank, 1, self.hidden_size) for rank in ranks.values()):
                 raise ValueError(f"factor_ranks must be whole numbers from 1 to {self.hidden_size}.")
-        if len(self.bypass_ranks) != self.num_hidden_layers:
+        if not _is_list(self.bypass_ranks, self.num_hidden_layers):
             raise ValueError(f"bypass_ranks must hold {self.num_hidden_layers} numbers, one per layer.")
         if any(not _is_count(rank, 0, self.hidden_size) for rank in self.bypass_ranks):
             raise ValueError(f"bypass_ranks must be whole numbers from 0 to {self.hidden_size}.")
 
+    def _check_total(self, labels: dict[str, Any]) -> None:
+        height, width = _sides(self.image_size)
+        patch_height, patch_width = _sides(self.patch_size)
+        tokens = self.num_prefix_tokens + (height // patch_height) * (width // patch_width)
+        inner = sum(map(sum, self.query_key_ranks)) + sum(map(sum, self.value_output_ranks))
+        inner += sum(self.mlp_widths) + sum(self.bypass_ranks) + self.hidden_size * sum(map(len, self.factor_ranks))
+        ends = self.num_channels * patch_height * patch_width + len(labels.get("id2label") or ())
+        ends += 2 * (labels.get("num_labels") or 0)
+        if self.hidden_size * (tokens + ends + 2 * inner) > MOST_PARAMETERS:
+            raise ValueError(f"These sizes make more than {MOST_PARAMETERS:,} parameters, which no such model has.")
 
-def _is_count(value: Any, smallest: int, largest: int) -> bool:
+
+def _is_list(value: Any, length: int) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) == length
+
+
+def _sides(size: Any) -> list[Any]:
+    return list(size) if isinstance(size, (list, tuple)) else [size, size]
+
+
+def _is_count(value: Any, smallest: int, largest: float = float("inf")) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and smallest <= value <= largest
