@@ -56,20 +56,21 @@ def report_page(
 ) -> str:
     """The page, as the text of one HTML file; text from outside (paths, class names) is escaped.
 
-    record: compression.json. config: config.json. evaluation: an `EvaluationReport`'s dictionary; what it lacks (the
-    dense model, labels) the page goes without. stream: the images of that evaluation, for those on which both models
-    disagree.
+    record: compression.json. config: config.json. evaluation: an `EvaluationReport`'s dictionary (None: the accuracies
+    in the record, if there are some); what it lacks (the dense model, labels) the page goes without. stream: the images
+    of that evaluation, for those on which both models disagree.
     """
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     plan, recipe = record["plan"], CompressionRecipe.from_dict(record["recipe"])
+    accuracies = evaluation or record.get("evaluation")
     return template.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         name=Path(record["source"]["location"]).name,
         source=record["source"]["location"],
         revision=record["source"].get("revision"),
         removed=f"{100 * (1 - record['parameters'] / record['dense_parameters']):.0f} %",
         recipe=recipe,
-        tiles=_tiles(record, evaluation),
-        evaluation=evaluation,
+        tiles=_tiles(record, accuracies),
+        evaluation=accuracies,
         heat_maps=_heat_maps(plan, config),
         blocks=_block_bars(plan, _dense_width(record, config)),
         curves=_charts(record["error_curves"]) if record.get("error_curves") else None,
@@ -106,7 +107,7 @@ def _tiles(record: dict[str, Any], evaluation: dict[str, Any] | None) -> list[di
     if evaluation["agreement"] is not None:
         same = {"name": "same first choice", "value": f"{evaluation['agreement']:.2f} %", "dense": None, "change": None}
         tiles.append(same)
-    if dense:
+    if "images_per_second" in dense:
         rates = (dense["images_per_second"], evaluation["images_per_second"])
         tiles.append(_ratio("images per second", *rates, lambda rate: f"{rate:,.0f}"))
     return tiles

@@ -17,6 +17,7 @@ from hf_vit_lowrank.allocation import ErrorCurve, hull_corners
 from hf_vit_lowrank.cli import app
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.images import open_images
+from hf_vit_lowrank.model_card import evaluation_record
 from hf_vit_lowrank.report import measure, read_checkpoint, report_page
 from tests.test_cli import call
 
@@ -124,12 +125,21 @@ def test_the_page_needs_nothing_from_outside(page):
 def test_without_measurements_the_page_says_how_to_get_them(checkpoint):
     record, config = read_checkpoint(checkpoint)
     text = text_of(report_page(record, config))
-    assert "Not shown: accuracy, agreement and speed." in text
+    assert "Not shown: accuracy and agreement." in text
+    assert "Not shown: time for an image." in text
     assert "--against" in text
     old = {name: value for name, value in record.items() if name not in ("error_curves", "drift")}
     text = text_of(report_page(old, config))
     assert "Not shown: error curves. Compress again" in text
     assert "Not shown: loss by block. Compress again" in text
+
+
+def test_accuracies_of_the_card_are_shown_without_measuring_again(checkpoint, evaluation):
+    record, config = read_checkpoint(checkpoint)
+    text = text_of(report_page({**record, "evaluation": evaluation_record(evaluation)}, config))
+    assert f"{evaluation['top1']:.2f} %" in text
+    assert "Not shown: accuracy" not in text
+    assert "Not shown: time for an image." in text
 
 
 def test_names_from_outside_stay_text(checkpoint, evaluation, stream):
