@@ -87,15 +87,20 @@ def allocate_pair(first: ErrorCurve, second: ErrorCurve, budget: int) -> tuple[i
     return min(pairs)[1:]
 
 
-def _hull_steps(curve: ErrorCurve) -> list[tuple[float, int]]:
-    """(saving per cost, size reached) of each edge of the lower convex hull, savings falling."""
+def hull_corners(curve: ErrorCurve) -> list[int]:
+    """Sizes at the corners of the lower convex hull, ascending."""
     first, *rest = curve.sizes
     corners = [first]
     for size in rest:
         while len(corners) > 1 and _saving(curve, corners[-2], corners[-1]) <= _saving(curve, corners[-1], size):
             corners.pop()
         corners.append(size)
-    return [(_saving(curve, smaller, larger), larger) for smaller, larger in pairwise(corners)]
+    return corners
+
+
+def _hull_steps(curve: ErrorCurve) -> list[tuple[float, int]]:
+    """(saving per cost, size reached) of each edge of the lower convex hull, savings falling."""
+    return [(_saving(curve, smaller, larger), larger) for smaller, larger in pairwise(hull_corners(curve))]
 
 
 def _saving(curve: ErrorCurve, smaller: int, larger: int) -> float:

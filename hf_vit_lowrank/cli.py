@@ -1,4 +1,4 @@
-"""The command line: `hf-vit-lowrank compress | plan | sweep | evaluate | demo | export | push | verify`."""
+"""The command line: `hf-vit-lowrank COMMAND` (--help lists them)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .errors import RunError, UserError, reason, without_secrets
-from .recipe import COMPENSATIONS, COSTS, OURS, PRESETS, CompressionRecipe
+from .recipe import COMPENSATIONS, COSTS, OURS, PRESETS, TARGETS, CompressionRecipe, read_recipe_file
 
 # Everything that needs time to import is imported inside the commands.
 if TYPE_CHECKING:
@@ -24,11 +25,11 @@ app = typer.Typer(
     name="hf-vit-lowrank",
     help="Make a Vision Transformer of the Hugging Face Hub smaller, from images without labels.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
+recipe_app = typer.Typer(help="Recipes as YAML files, for compress --recipe.", no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
 
 # What --smoke leaves of the calibration images.
 SMOKE_SAMPLES = 64
@@ -107,6 +108,11 @@ RankMultiple = Annotated[
     int, _option("Inner sizes of a layer are multiples of this, which matrix products want; 1 leaves them free.", min=1)
 ]
 
+RecipeFile = Annotated[
+    Path | None,
+    _option("Recipe in YAML (see recipe show); options given here go before what it says.", "--recipe", metavar="FILE"),
+]
+
 Seed = Annotated[int, _option("Seed of the choice of images.", min=0, **_RUN)]
 BatchSize = Annotated[int, _option("Images at once.", min=1, **_RUN)]
 Device = Annotated[str | None, _option("cpu, cuda, mps … (default: the best one here).", **_RUN)]
@@ -130,7 +136,7 @@ Debug = Annotated[bool, _option("Show the traceback of an error.", "--debug", **
 # ---------------------------------------------------------------------------------------------------------- the errors
 
 
-def _command(example: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def _command(example: str, group: typer.Typer = app) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a command whose errors become one sentence on stderr and an exit code (2: bad input, 1: failed)."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -148,7 +154,7 @@ def _command(example: str) -> Callable[[Callable[..., None]], Callable[..., None
                 print(sentence, file=sys.stderr)
                 raise typer.Exit(code) from None
 
-        app.command(epilog=f"Example: {example}")(run)
+        group.command(epilog=f"Example: {example}")(run)
         return function
 
     return register
@@ -193,9 +199,11 @@ def _set_up_output(quiet: bool) -> None:
     "--output deit-b-lowrank60"
 )
 def compress(
+    context: typer.Context,
     source: Source,
     calibration: Calibration,
     output: Output,
+    recipe_file: RecipeFile = None,
     reduction: Reduction = None,
     max_parameters: MaxParameters = None,
     match: Match = None,
@@ -222,6 +230,7 @@ def compress(
     overwrite: Overwrite = False,
     restart: Restart = False,
     memory_limit: MemoryLimit = None,
+    json: Json = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -238,6 +247,8 @@ def compress(
     from .run_folder import RunFolder
 
     recipe = _recipe(
+        context,
+        recipe_file,
         reduction=reduction,
         max_parameters=max_parameters,
         match=match,
@@ -245,16 +256,19 @@ def compress(
         cost=cost,
         preset=preset,
         compensation=compensation,
-        distill_epochs=1 if smoke else distill_epochs,
+        distill_epochs=distill_epochs,
         distill_lr=distill_lr,
         labels=labels,
-        samples=min(samples, SMOKE_SAMPLES) if smoke else samples,
+        samples=samples,
         batch_size=batch_size,
         seed=seed,
         query_key_weight=query_key_weight,
         rank_multiple=rank_multiple,
         native=native,
     )
+    if smoke:
+        recipe = replace(recipe, distill_epochs=1, samples=min(recipe.samples, SMOKE_SAMPLES))
+    _check_file(json)
     _refuse_source(output, source)
     check_target(output, weight_bytes(source, recipe, revision=revision), overwrite=overwrite)
     images = _calibration_images(calibration, config, split, image_column, recipe)
@@ -285,14 +299,18 @@ def compress(
     if not processes.is_main():
         return
     run.remove()
+    if json:
+        json.write_text(dumps(result.report, indent=2) + "\n")
     if not quiet:
         tables.show_compression(result.report, output)
 
 
 @_command("hf-vit-lowrank plan facebook/deit-base-patch16-224 --calibration imagenet-1k --split train --reduction 0.6")
 def plan(
+    context: typer.Context,
     source: Source,
     calibration: Calibration,
+    recipe_file: RecipeFile = None,
     reduction: Reduction = None,
     max_parameters: MaxParameters = None,
     match: Match = None,
@@ -320,6 +338,8 @@ def plan(
     from .compress import plan as run
 
     recipe = _recipe(
+        context,
+        recipe_file,
         reduction=reduction,
         max_parameters=max_parameters,
         match=match,
@@ -347,6 +367,7 @@ def plan(
     "imagenet-1k:validation --reductions 0.2,0.4,0.6 --output sweep"
 )
 def sweep(
+    context: typer.Context,
     source: Source,
     calibration: Calibration,
     reductions: Annotated[str, _option("Reductions, with commas.", metavar="0.2,0.4,…", show_default=False, **_SIZE)],
@@ -373,6 +394,7 @@ def sweep(
     revision: Revision = None,
     allow_pickle: AllowPickle = False,
     overwrite: Overwrite = False,
+    json: Json = None,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -383,6 +405,8 @@ def sweep(
 
     sizes = _parse_reductions(reductions)
     recipe = _recipe(
+        context,
+        None,
         reduction=sizes[0],
         cost=cost,
         preset=preset,
@@ -396,6 +420,7 @@ def sweep(
         query_key_weight=query_key_weight,
         rank_multiple=rank_multiple,
     )
+    _check_file(json)
     _refuse_source(output, source)
     _check_folder(output, overwrite)
     images = _calibration_images(calibration, config, split, image_column, recipe)
@@ -413,6 +438,8 @@ def sweep(
         allow_pickle=allow_pickle,
         device=device,
     )
+    if json:
+        json.write_text(dumps(rows, indent=2) + "\n")
     if not quiet:
         tables.show_sweep(rows, output)
 
@@ -568,17 +595,134 @@ def verify(
         raise typer.Exit(1)
 
 
+@_command("hf-vit-lowrank recipe show > recipe.yaml", recipe_app)
+def show(
+    source: Annotated[
+        Path | None, typer.Argument(help="A recipe file, or a compressed checkpoint's folder (default: a new recipe).")
+    ] = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Print a recipe as YAML: of a file, of a checkpoint, or one to start from."""
+    from .checkpoint import read_record
+
+    if source is None:
+        recipe = CompressionRecipe(reduction=0.6)
+    elif source.is_dir():
+        recipe = CompressionRecipe.from_dict(read_record(source)["recipe"])
+    else:
+        recipe = _file_recipe(source, {})
+    print(recipe.to_yaml(), end="")
+
+
+@_command(
+    "hf-vit-lowrank report deit-b-lowrank60 --dataset imagenet-1k --split validation --against "
+    "facebook/deit-base-patch16-224 --output report.html"
+)
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a compressed checkpoint.")],
+    dataset: Annotated[
+        str | None, _option("Images to measure on, in any form that --calibration takes.", **_IMAGES)
+    ] = None,
+    split: Split = None,
+    config: Config = None,
+    image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
+    samples: Annotated[int | None, _option("Use the first images only.", min=1, **_IMAGES)] = None,
+    against: Annotated[str | None, _option("Dense model to compare with on --dataset.", **_RUN)] = None,
+    output: Annotated[Path, _option("Page to write.", metavar="FILE.html", **_RUN)] = Path("report.html"),
+    overwrite: Annotated[bool, _option("Replace the page if it is there.", "--overwrite", **_RUN)] = False,
+    batch_size: BatchSize = 32,
+    device: Device = None,
+    json: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write one HTML page about a checkpoint: sizes, ranks, error curves, accuracy, disagreements, speed, recipe."""
+    from .report import measure, read_checkpoint, report_page
+
+    if against and not dataset:
+        raise UserError("--against compares on images: name them by --dataset.")
+    _check_file(json)
+    _check_file(output, "--output")
+    if output.exists() and not overwrite:
+        raise UserError(f"--output '{output}' is there: choose another file, or pass --overwrite.")
+    record, settings = read_checkpoint(folder)
+    stream = evaluation = None
+    if dataset:
+        from .images import open_images
+
+        stream = open_images(
+            dataset,
+            config=config,
+            split=split,
+            image_column=image_column,
+            label_column=label_column,
+            samples=samples,
+            seed=None,
+        )
+        evaluation = measure(folder, stream, against=against, batch_size=batch_size, device=device)
+    output.write_text(report_page(record, settings, evaluation, stream), encoding="utf-8")
+    if json:
+        json.write_text(dumps({**record, "evaluation": evaluation}, indent=2) + "\n")
+    if not quiet:
+        print(f"Written to {output}")
+
+
+@_command("hf-vit-lowrank space org/deit-b-lowrank60 --output space")
+def space(
+    source: Annotated[str, typer.Argument(help="Compressed checkpoint: a folder or a hub id.", show_default=False)],
+    output: Output,
+    dense: Annotated[
+        str | None, _option("Dense model beside it: a hub id or a folder (default: the checkpoint's source).", **_RUN)
+    ] = None,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write a Gradio Space in which dense and compressed answer side by side; folders given are copied into it."""
+    from .space import write_space
+
+    for folder in filter(None, (source, dense)):
+        _refuse_source(output, folder)
+    _check_folder(output, overwrite)
+    write_space(source, output, dense=dense, revision=revision)
+    if not quiet:
+        print(f"Written to {output}: try it by python {output / 'app.py'} (needs pip install 'hf-vit-lowrank[space]')")
+
+
 # ---------------------------------------------------------------------------------------------------- checks of options
 
 
-def _recipe(max_parameters: str | None = None, **fields: Any) -> CompressionRecipe:
-    targets = {"--reduction": fields.get("reduction"), "--max-parameters": max_parameters}
-    targets |= {"--match": fields.get("match"), "--min-agreement": fields.get("min_agreement")}
-    given = [name for name, value in targets.items() if value is not None]
-    if len(given) != 1:
-        raise UserError(f"Say how small by exactly one of {', '.join(targets)} (given: {', '.join(given) or 'none'}).")
-    count = None if max_parameters is None else _parse_count(max_parameters)
-    return CompressionRecipe(max_parameters=count, **fields)
+def _recipe(
+    context: typer.Context, file: Path | None, max_parameters: str | None = None, **fields: Any
+) -> CompressionRecipe:
+    """From the options, and from a recipe file for those that were not typed."""
+    fields["max_parameters"] = None if max_parameters is None else _parse_count(max_parameters)
+    given = [f"--{name.replace('_', '-')}" for name in TARGETS if fields.get(name) is not None]
+    if len(given) != 1 and (given or file is None):
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in TARGETS)
+        raise UserError(f"Say how small by exactly one of {options} (given: {', '.join(given) or 'none'}).")
+    if file is None:
+        return CompressionRecipe(**fields)
+    return _file_recipe(file, {name: value for name, value in fields.items() if _is_typed(context, name)})
+
+
+def _is_typed(context: typer.Context, option: str) -> bool:
+    source = context.get_parameter_source(option)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _file_recipe(file: Path, typed: dict[str, Any]) -> CompressionRecipe:
+    """typed: fields that go before those of the file."""
+    values = read_recipe_file(file)
+    if not typed.keys().isdisjoint(TARGETS):
+        values = {name: value for name, value in values.items() if name not in TARGETS}
+    try:
+        return CompressionRecipe.from_dict({**values, **typed})
+    except UserError as error:
+        raise UserError(f"With the recipe file '{file}': {error}") from error
 
 
 def _parse_count(text: str) -> int:
@@ -625,9 +769,9 @@ def _check_folder(folder: Path, overwrite: bool) -> None:
         raise UserError(f"--output '{folder}' is not empty: choose another folder, or pass --overwrite.")
 
 
-def _check_file(file: Path | None) -> None:
+def _check_file(file: Path | None, option: str = "--json") -> None:
     if file is not None and (file.is_dir() or not file.parent.is_dir()):
-        raise UserError(f"--json '{file}' cannot be written: it is a folder, or its folder does not exist.")
+        raise UserError(f"{option} '{file}' cannot be written: it is a folder, or its folder does not exist.")
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from .charts import plan_chart
 from .checkpoint import save_checkpoint
 from .compensation.closed_form import BlockDrift, compensate_closed_form
 from .compensation.distill import distill
+from .compensation.drift import block_drifts
 from .compensation.gradient import BlockTraining, compensate_gradient
 from .dense import DenseSource, dense_parameters, load_dense, not_finite, to_transformers
 from .errors import RunError, UserError
@@ -39,7 +40,7 @@ from .precision import half_precision
 from .presets import PRESETS, smallest_parameters
 from .presets.inputs import PresetInputs
 from .progress import say, track
-from .rank_plan import RankPlan, budgeted_ranks, plan_cost, smallest_config, unreachable
+from .rank_plan import RankPlan, budgeted_ranks, curve_records, plan_cost, smallest_config, unreachable
 from .recipe import OURS, CompressionRecipe
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
@@ -58,6 +59,8 @@ SMALLEST_STEP = 0.01
 VIEWS = 2
 TRAINED = ("gradient", "distill")
 NOWHERE = RunFolder()
+# Images on which the drift of each block is measured, for the report.
+DRIFT_IMAGES = 128
 
 
 @dataclass(frozen=True)
@@ -351,9 +354,11 @@ def build(calibrated: Calibrated, recipe: CompressionRecipe, *, run: RunFolder =
         model.load_state_dict(state)
         torch.nn.Module.to(model, dense.model.device)
     report = _report(calibrated, recipe, size)
+    drift = {"before": _drifts(calibrated, model)}
     report.update(_compensate(calibrated, model, recipe, seconds, run))
     if (name := not_finite(model)) is not None:
         raise RunError(f"{name} of the smaller model is not finite: the dense weights or activations are too large.")
+    report["drift"] = {**drift, "after": _drifts(calibrated, model)}
     report["seconds"] = {**calibrated.seconds, **seconds}
     return CompressionResult(model.cpu(), dense.image_processor, report, dense.preprocessor_config)
 
@@ -372,6 +377,15 @@ def _smaller(
         model = PRESETS[recipe.preset](calibrated.presets, _limit(calibrated.dense, recipe))
         size = _built_size(model)
     return model.config.to_dict(), model.state_dict(), size
+
+
+def _drifts(calibrated: Calibrated, model: LowRankViTForImageClassification) -> list[float]:
+    """Of each block, six digits; on images that nothing was fitted on where there are some, in whichever process."""
+    first = calibrated.fitting[0]
+    batches = calibrated.held_back if processes.total(len(calibrated.held_back)) else calibrated.fitting
+    own = DRIFT_IMAGES // processes.count()
+    images = torch.cat([first[:0], *batches[: -(-own // len(first))]])[:own].split(len(first))
+    return [float(f"{value:.6g}") for value in block_drifts(calibrated.dense.model, model, images)]
 
 
 def _compensate(
@@ -568,13 +582,15 @@ def _versions() -> dict[str, str]:
 
 
 def _planned_size(calibrated: Calibrated, recipe: CompressionRecipe, ranks: RankPlan) -> dict[str, Any]:
-    config = ranks.apply(calibrated.dense.model.config)
+    dense = calibrated.dense.model.config
+    config = ranks.apply(dense)
     return {
         "plan": _inner_sizes(config),
         "parameters": plan_cost(config, "parameters", recipe.native),
         "flops": plan_cost(config, "flops", recipe.native),
         "predicted_loss": ranks.predicted_loss,
         "moment_ranks": [block.moment_ranks for block in calibrated.candidates],
+        "error_curves": curve_records(calibrated.candidates, recipe.query_key_weight, recipe.rank_multiple, ranks),
     }
 
 

@@ -31,6 +31,8 @@ from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
 logger = logging.getLogger(__name__)
 
 TOP = 5
+# Images on which two models disagree are recorded up to this number.
+DISAGREEMENTS = 24
 TIMING_SECONDS = 2.0
 TIMING_RUNS = (3, 20)  # at least, at most
 
@@ -67,7 +69,8 @@ class EvaluationReport:
 
     `top5` is among all labels where there are fewer than five. `images_per_second` is the median of forward passes over
     one batch, images ready in memory. `against`: the measurements of the dense model, `agreement`: how often both
-    models' first choice is the same.
+    models' first choice is the same. `disagreements`: the first images where it is not: position in the stream, the
+    class by the labels (None without), and each model's class with its probability; class names are this model's.
     """
 
     model: str
@@ -81,6 +84,7 @@ class EvaluationReport:
     images_per_second: float
     against: dict[str, Any] | None
     data: dict[str, Any]
+    disagreements: list[dict[str, Any]]
     skipped: list[str]
     batch_size: int
     device: str
@@ -223,6 +227,9 @@ class _Run:
         self.metric = TopKAccuracy(keep_in_memory=True)
         self.labelled = 0
         self.top: list[int] = []  # first choice for each image
+        self.probability: list[float] = []  # of that choice
+        self.labels: list[int | None] = []  # class by the labels of the data set
+        self.positions: list[int] = []
         self.first_pixels = torch.empty(0)
 
     def add(self, batch: PixelBatch) -> None:
@@ -235,6 +242,9 @@ class _Run:
             raise RunError(f"'{name}' gives logits that are NaN or infinite, somewhere in images {first} to {last}.")
         ranked = logits.topk(min(TOP, logits.shape[-1])).indices.tolist()
         self.top += [ranks[0] for ranks in ranked]
+        self.probability += logits.softmax(-1).amax(-1).tolist()
+        self.labels += [None if label is None else self.class_of(label) for label in batch.labels]
+        self.positions += batch.positions
         labelled = [index for index, label in enumerate(batch.labels) if label is not None]
         if labelled:
             references = [self.class_of(label) for label in batch.labels if label is not None]
@@ -323,6 +333,7 @@ def _report(run: _Run, dense: _Run | None, stream: ImageStream, batch_size: int)
         agreement=_agreement(run, dense) if dense else None,
         against=measured[1] if dense else None,
         data=stream.description,
+        disagreements=_disagreements(run, dense) if dense else [],
         skipped=list(stream.skipped),
         batch_size=batch_size,
         device=str(run.device),
@@ -333,6 +344,22 @@ def _agreement(run: _Run, dense: _Run) -> float:
     """Percentage of images for which both models' first choice is the same class."""
     ours = _dense_to_ours(dense.model, run.model)
     return 100 * statistics.fmean(top == ours[theirs] for top, theirs in zip(run.top, dense.top, strict=True))
+
+
+def _disagreements(run: _Run, dense: _Run) -> list[dict[str, Any]]:
+    ours, names = _dense_to_ours(dense.model, run.model), _classes(run.model)
+    different = [index for index, theirs in enumerate(dense.top) if run.top[index] != ours[theirs]]
+    return [
+        {
+            "image": run.positions[index],
+            "label": None if (label := run.labels[index]) is None else names[label],
+            "dense": names[ours[dense.top[index]]],
+            "dense_probability": round(dense.probability[index], 4),
+            "compressed": names[run.top[index]],
+            "compressed_probability": round(run.probability[index], 4),
+        }
+        for index in different[:DISAGREEMENTS]
+    ]
 
 
 def _warn_if_near_chance(name: str, top1: float, labels: int) -> None:

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from .allocation import SMALLEST_SIZE, ErrorCurve, ImpossibleBudgetError, allocate, allocate_pair
+from .allocation import SMALLEST_SIZE, ErrorCurve, ImpossibleBudgetError, allocate, allocate_pair, hull_corners
 from .candidates.block import BlockCandidates, UnitCosts
 from .errors import UserError
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import pair
 
 BYPASS_ROUNDS = 3
+# A recorded curve has about this many points: enough to draw it.
+CURVE_POINTS = 12
 _NO_BYPASS = ErrorCurve(np.zeros(1), 0, smallest=0)
 
 
@@ -176,6 +179,35 @@ def smallest_config(config: LowRankViTConfig, multiple: int) -> LowRankViTConfig
         predicted_loss=math.nan,
     )
     return smallest.apply(config)
+
+
+def curve_records(
+    candidates: Sequence[BlockCandidates], query_key_weight: float, multiple: int, plan: RankPlan
+) -> dict[str, list[dict[str, Any]]]:
+    """The error curves that `plan` was chosen from, thinned out to some corners of their hulls; JSON-able.
+
+    Under "query_key", "value_output" and "mlp_width" a curve for each layer, the heads together (a native plan, whose
+    heads are even, loses somewhat more). A curve has "sizes", "errors" (rise of the loss, six digits) and "chosen", one
+    of the sizes.
+    """
+    records: dict[str, list[Any]] = {"query_key": [], "value_output": [], "mlp_width": []}
+    free = UnitCosts(1, 1, 1, 1)  # corners are where they are whatever a unit costs
+    for layer, block in enumerate(candidates):
+        chosen = (
+            *(sum(plan.query_key_ranks[layer]), sum(plan.value_output_ranks[layer])),
+            plan.mlp_widths[layer],
+        )
+        curves = block.curves(free, query_key_weight, multiple)
+        for curves_of_kind, curve, size in zip(records.values(), curves, chosen, strict=True):
+            curves_of_kind.append(_curve_record(curve, size))
+    return records
+
+
+def _curve_record(curve: ErrorCurve, chosen: int) -> dict[str, Any]:
+    corners = hull_corners(curve)
+    drawn = np.linspace(0, len(corners) - 1, CURVE_POINTS).round().astype(int)
+    sizes = sorted({chosen, *(corners[index] for index in drawn)})
+    return {"sizes": sizes, "errors": [float(f"{curve.errors[size]:.6g}") for size in sizes], "chosen": chosen}
 
 
 def model_costs(config: LowRankViTConfig, cost: str, native: bool = False) -> tuple[list[UnitCosts], int]:

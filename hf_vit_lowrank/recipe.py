@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
 
-from .errors import UserError
+import yaml
+
+from .errors import UserError, as_user_error
 
 COSTS = ("parameters", "flops")
 OURS = "mixed-rank"
@@ -16,8 +20,9 @@ PRESETS = (
     *("corp", "modegpt", "magnitude", "taylor"),
 )
 COMPENSATIONS = ("none", "closed-form", "gradient", "distill")
-_KINDS: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "str": (str,), "bool": (bool,)}
-_TARGETS = ("reduction", "max_parameters", "match", "min_agreement")
+TARGETS = ("reduction", "max_parameters", "match", "min_agreement")
+_TYPE_NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
+_HUB_ID = re.compile(r"\w[\w-]*(\.[\w-]+)*(/\w[\w-]*(\.[\w-]+)*)?", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,9 @@ class CompressionRecipe:
     native: bool = False
 
     def __post_init__(self) -> None:
-        self._check_kinds()
-        given = [name for name in _TARGETS if getattr(self, name) is not None]
-        _require(len(given) == 1, f"say how small by exactly one of {', '.join(_TARGETS)} (given: {given or 'none'})")
+        self._check_types()
+        given = [name for name in TARGETS if getattr(self, name) is not None]
+        _require(len(given) == 1, f"say how small by exactly one of {', '.join(TARGETS)} (given: {given or 'none'})")
         _require(
             self.reduction is None or 0 <= self.reduction < 1, f"reduction must be in [0, 1), not {self.reduction}"
         )
@@ -111,28 +116,65 @@ class CompressionRecipe:
         _require(self.rank_multiple >= 1, f"rank_multiple must be at least 1, not {self.rank_multiple}")
         _require(not self.native or self.preset == OURS, f"native goes with preset '{OURS}' only")
 
-    def _check_kinds(self) -> None:
-        for field in fields(self):
-            value, kind = getattr(self, field.name), str(field.type).removesuffix(" | None")
-            if value is None and field.type != kind:
-                continue
-            right = isinstance(value, _KINDS[kind]) and isinstance(value, bool) == (kind == "bool")
-            _require(right, f"{field.name} must be of type {kind}, not {value!r}")
+    def _check_types(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value, kinds = getattr(self, name), get_args(hint) or (hint,)
+            # A Boolean is an integer to Python, and an integer is as good as a number with a fraction.
+            fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+            _require(
+                fits and (bool in kinds or not isinstance(value, bool)),
+                f"{name} must be {_TYPE_NAMES[kinds[0]]}, not {_shown(value)}",
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` gives the same recipe back."""
         return asdict(self)
 
+    def to_yaml(self) -> str:
+        """A recipe file (see `read_recipe_file`) with every field that is set."""
+        values = {name: value for name, value in self.to_dict().items() if value is not None}
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> CompressionRecipe:
-        """Raises UserError for a field that is unknown."""
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        _require(not unknown, f"unknown field {', '.join(unknown)}")
+        """Raises UserError for a field that is unknown or of the wrong type."""
+        hints = get_type_hints(cls)
+        unknown = sorted(str(name) for name in values if name not in hints)
+        _require(not unknown, f"unknown field {', '.join(unknown)} (there are {', '.join(hints)})")
         return cls(**values)
 
     def fingerprint(self) -> str:
         """sha256 of the canonical JSON."""
         return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+def read_recipe_file(file: str | Path) -> dict[str, Any]:
+    """The fields that a YAML file gives, for `CompressionRecipe.from_dict`.
+
+    Raises:
+        UserError: it cannot be read, is no YAML mapping, or `match` is a path: a recipe from elsewhere must not choose
+            which file of this machine is opened.
+    """
+    with as_user_error(f"The recipe file '{file}' cannot be read as YAML"):
+        text = Path(file).read_text(encoding="utf-8")
+        values, tree = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+    if not isinstance(values, dict):
+        raise UserError(f"The recipe file '{file}' must hold one field a line, such as 'reduction: 0.6'.")
+    names = [key.value for key, _ in tree.value]  # PyYAML would take the last of two
+    twice = sorted({str(name) for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"The recipe file '{file}' gives {', '.join(twice)} twice: leave one.")
+    match = values.get("match")
+    if isinstance(match, str) and not _HUB_ID.fullmatch(match):
+        raise UserError(
+            f"The recipe file '{file}' may name only a model of the hub in match, not '{match}': use --match."
+        )
+    return values
+
+
+def _shown(value: Any) -> str:
+    """Short whatever it is: YAML can repeat a list in a list many times over."""
+    return repr(value)[:40] if isinstance(value, str | int | float | bool) else f"a {type(value).__name__}"
 
 
 def _require(condition: bool, message: str) -> None:

@@ -116,19 +116,70 @@ def test_plan_prints_ranks_and_writes_nothing(digits_model, digits_data, tmp_pat
 def test_sweep_writes_three_files(digits_model, digits_data, tmp_path):
     output = tmp_path / "sweep"
     options = ("--calibration", digits_data.calibration, "--samples", 64, "--reductions", "0.3,0.6")
-    done = run("sweep", digits_model, *options, "--output", output)
+    done = run("sweep", digits_model, *options, "--output", output, "--json", tmp_path / "rows.json")
     assert done.returncode == 0, done.stderr
     assert {path.name for path in output.iterdir()} == {"sweep.json", "sweep.md", "sweep.png"}
     rows = json.loads((output / "sweep.json").read_text())["rows"]
     assert [row["reduction"] for row in rows] == [0.0, 0.3, 0.6]
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
     assert all(0 < row["agreement"] <= 100 for row in rows)
 
 
-@pytest.mark.parametrize("command", ["compress", "plan", "sweep", "evaluate", "demo", "push", "verify"])
+@pytest.mark.parametrize(
+    "command", ["compress", "plan", "sweep", "evaluate", "demo", "push", "verify", "recipe show", "report", "space"]
+)
 def test_help_has_an_example(command):
-    done = call(command, "--help")
+    done = call(*command.split(), "--help")
     assert done.returncode == 0
     assert f"hf-vit-lowrank {command}" in done.stdout
+
+
+def test_what_is_typed_goes_before_the_recipe_file(digits_model, digits_data, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("reduction: 0.9\nsamples: 24\npreset: svd\nseed: 3\n")
+    options = (
+        "--calibration",
+        digits_data.calibration,
+        "--recipe",
+        tmp_path / "recipe.yaml",
+        "--json",
+        tmp_path / "out.json",
+    )
+    typed = ("--max-parameters", "120k", "--seed", 0, "--samples", 16)
+    done = call("compress", digits_model, *options, *typed, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "out.json").read_text())
+    expected = {
+        "reduction": None,
+        "max_parameters": 120_000,
+        "samples": 16,
+        "preset": "svd",
+        "seed": 0,
+        "batch_size": 32,
+    }
+    assert expected.items() <= report["recipe"].items()
+    assert report["parameters"] <= 120_000
+    assert sum(report["seconds"].values()) > 0
+    shown = call("recipe", "show", tmp_path / "out")
+    (tmp_path / "again.yaml").write_text(shown.stdout)
+    assert call("recipe", "show", tmp_path / "again.yaml").stdout == shown.stdout
+    assert "max_parameters: 120000" in shown.stdout
+
+
+def test_a_wrong_recipe_file_is_one_sentence(digits_model, digits_data, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("reduction: most\n")
+    options = ("--calibration", digits_data.calibration, "--recipe", tmp_path / "recipe.yaml")
+    message = sentence(call("compress", digits_model, *options, "--output", tmp_path / "out"))
+    assert "recipe.yaml" in message
+    assert "reduction must be a number" in message
+    assert "recipe.yaml" in sentence(call("recipe", "show", tmp_path / "recipe.yaml"))
+    two = call("compress", digits_model, *options, "--reduction", 0.5, "--match", "x/y", "--output", tmp_path / "out")
+    assert "exactly one" in sentence(two)
+
+
+def test_a_new_recipe_can_be_used_as_it_is(tmp_path):
+    done = call("recipe", "show")
+    assert done.returncode == 0
+    assert done.stdout.startswith("reduction: 0.6\n")
 
 
 def sentence(done: subprocess.CompletedProcess[str]) -> str:

@@ -293,8 +293,7 @@ def test_native_predicted_loss_is_the_sum_of_the_curves(calibrated):
     size, width = result.report["plan"]["query_key_ranks"][0][0], result.report["plan"]["mlp_widths"][0]
     loss = 0.0
     for block in calibrated.candidates:
-        heads = zip(block.query_key, block.query_key_scales, strict=True)
-        loss += sum(0.5 * 4.0 * scale * float(head.errors[size]) for head, scale in heads)
+        loss += 0.5 * 4.0 * float(block.query_key.even_errors[size])
         loss += float(block.value_output.elimination.errors[4 * size] + 0.5 * block.width.errors[width])
         assert block.value_output.head_ranks(4 * size) == [size] * 4
     assert result.report["predicted_loss"] == pytest.approx(loss)

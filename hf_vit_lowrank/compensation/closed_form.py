@@ -17,12 +17,13 @@ from torch import Tensor
 from .. import processes
 from ..candidates.block import output_metric
 from ..candidates.mlp_width import mlp_width_candidate
-from ..linalg import RELATIVE_FLOOR, ridge_solve
+from ..linalg import ridge_solve
 from ..progress import track
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
 from ..run_folder import RunFolder
 from ..statistics import BlockStatistics, Moments, TokenGroups, token_weight
 from ..surgery import keep_units, set_linear
+from .drift import drift
 
 OUTPUT_RIDGE = 1e-4
 DOWN_RIDGE = 1e-5
@@ -30,8 +31,7 @@ DOWN_RIDGE = 1e-5
 
 @dataclass(frozen=True)
 class BlockDrift:
-    """Mean squared distance of the smaller stream from the dense one, in the tokens that the classifier reads, relative
-    to the variance of the dense stream over images: after the block's attention and after its MLP."""
+    """Drift of the smaller stream from the dense one after the block's attention and after its MLP (see `drift`)."""
 
     after_attention: float
     after_mlp: float
@@ -91,9 +91,9 @@ def refit_block(
     queries: leading tokens that the block computes, all if None. num_read: those that the classifier reads.
     """
     _refit_attention(source, block, statistics, dense_stream, small_stream, queries, num_read)
-    after_attention = _drift(dense_stream, small_stream, num_read)
+    after_attention = drift(dense_stream, small_stream, num_read)
     _refit_mlp(source, block, statistics, dense_stream, small_stream, num_read)
-    return BlockDrift(after_attention, _drift(dense_stream, small_stream, num_read))
+    return BlockDrift(after_attention, drift(dense_stream, small_stream, num_read))
 
 
 def _refit_attention(
@@ -197,15 +197,3 @@ class _Regression:
         cross = self.cross - torch.outer(inputs.first, self.target_sum) / inputs.count
         weight = prior + ridge_solve(covariance, cross - covariance @ prior.mT, ridge)
         return weight, (self.target_sum - weight @ inputs.first) / inputs.count
-
-
-def _drift(dense_stream: list[Tensor], small_stream: list[Tensor], num_read: int) -> float:
-    dense = torch.cat([batch[:, :num_read] for batch in dense_stream]).double()
-    small = torch.cat([batch[:, :num_read] for batch in small_stream]).double()
-    count, sums = processes.total(len(dense)), dense.sum(0)
-    processes.add_up(sums)
-    variance = processes.total(float((dense - sums / count).square().sum()))
-    error = processes.total(float((small - dense).square().sum()))
-    # One image, or the same one again, has no variance beyond rounding.
-    floor = RELATIVE_FLOOR * processes.total(float(dense.square().sum()))
-    return error / max(variance, floor, torch.finfo(torch.float32).tiny)

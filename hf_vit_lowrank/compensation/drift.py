@@ -1,0 +1,45 @@
+"""How far the stream of a smaller model is from the dense one's, block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import processes
+from ..linalg import RELATIVE_FLOOR
+from ..remote.modeling_lowrank_vit import LowRankViTForImageClassification
+
+
+@torch.no_grad()
+def block_drifts(
+    dense: LowRankViTForImageClassification, small: LowRankViTForImageClassification, embeddings: Sequence[Tensor]
+) -> list[float]:
+    """For each block the drift behind it, on batches of embeddings (images, tokens, d), which both models share."""
+    num_read, layers = dense.config.num_tokens_read, len(dense.vit.blocks)
+    dense_stream, small_stream = list(embeddings), list(embeddings)
+    drifts = []
+    blocks: Any = zip(dense.vit.blocks, small.vit.blocks, strict=True)
+    for layer, (source, block) in enumerate(blocks):
+        # Nothing reads the other tokens after the last block.
+        queries = num_read if layer == layers - 1 else None
+        dense_stream = [source(batch.to(dense.device), queries)[0].cpu() for batch in dense_stream]
+        small_stream = [block(batch.to(small.device), queries)[0].cpu() for batch in small_stream]
+        drifts.append(drift(dense_stream, small_stream, num_read))
+    return drifts
+
+
+def drift(dense_stream: Sequence[Tensor], small_stream: Sequence[Tensor], num_read: int) -> float:
+    """Mean squared distance in the tokens that the classifier reads, relative to the variance over the images
+    of all processes."""
+    dense = torch.cat([batch[:, :num_read] for batch in dense_stream]).double()
+    small = torch.cat([batch[:, :num_read] for batch in small_stream]).double()
+    count, sums = processes.total(len(dense)), dense.sum(0)
+    processes.add_up(sums)
+    variance = processes.total(float((dense - sums / count).square().sum()))
+    error = processes.total(float((small - dense).square().sum()))
+    # One image, or the same one again, has no variance beyond rounding.
+    floor = RELATIVE_FLOOR * processes.total(float(dense.square().sum()))
+    return error / max(variance, floor, torch.finfo(torch.float32).tiny)

@@ -1,0 +1,139 @@
+"""A Space is a folder that runs with gradio, torch and transformers, without this package."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from datasets import load_dataset
+from huggingface_hub import RepoCard
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from hf_vit_lowrank import CompressionRecipe, compress
+from hf_vit_lowrank.checkpoint import RECORD
+from hf_vit_lowrank.errors import UserError
+from hf_vit_lowrank.images import open_images
+from hf_vit_lowrank.space import GRADIO_VERSION, REQUIREMENTS, write_space
+from tests.test_cli import call
+
+
+@pytest.fixture(scope="module")
+def checkpoint(digits_model, digits_data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("space") / "small"
+    recipe = CompressionRecipe(reduction=0.5, samples=64)
+    compress(str(digits_model), open_images(digits_data.calibration, samples=64), recipe).save_pretrained(folder)
+    return folder
+
+
+def test_a_space_of_two_folders_is_whole(checkpoint, digits_model, tmp_path):
+    output = tmp_path / "space"
+    done = call("space", checkpoint, "--dense", digits_model, "--output", output)
+    assert done.returncode == 0, done.stderr
+    names = {path.name for path in output.iterdir()}
+    assert names == {"app.py", "models.json", "requirements.txt", "README.md", "dense", "compressed"}
+    assert json.loads((output / "models.json").read_text()) == [
+        {"title": "Dense", "folder": "dense"},
+        {"title": "Compressed", "folder": "compressed"},
+    ]
+    assert {path.name for path in (output / "compressed").iterdir()} == {path.name for path in checkpoint.iterdir()}
+    assert {path.name for path in (output / "dense").iterdir()} == {
+        "config.json", "preprocessor_config.json", "model.safetensors",
+    }  # fmt: skip
+    card = RepoCard.load(output / "README.md", ignore_metadata_errors=False).data
+    assert (card.sdk, card.sdk_version, card.app_file) == ("gradio", GRADIO_VERSION, "app.py")
+    assert "hf_vit_lowrank" not in (output / "app.py").read_text()
+
+
+def test_a_model_of_the_hub_is_named_with_its_commit(checkpoint, tmp_path):
+    record = json.loads((checkpoint / RECORD).read_text())
+    record["source"] |= {
+        "location": "google/vit-base-patch16-224",
+        "revision": "3f49326eb077187dfe1c2a2bb15fbd74e6ab91e3",
+    }
+    (tmp_path / "small").mkdir()
+    for file in checkpoint.iterdir():
+        (tmp_path / "small" / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "small" / RECORD).write_text(json.dumps(record))
+    dense, _ = write_space(str(tmp_path / "small"), tmp_path / "space")
+    assert dense == {
+        "title": "Dense",
+        "repository": "google/vit-base-patch16-224",
+        "revision": "3f49326eb077187dfe1c2a2bb15fbd74e6ab91e3",
+    }
+    card = RepoCard.load(tmp_path / "space" / "README.md").data
+    assert card.models == ["google/vit-base-patch16-224"]
+
+
+def test_bad_sources_are_one_sentence(checkpoint, digits_model, tmp_path):
+    with pytest.raises(UserError, match="--dense"):
+        write_space(str(checkpoint), tmp_path / "space")
+    with pytest.raises(UserError, match="no checkpoint folder"):
+        write_space(str(digits_model), tmp_path / "space")
+    with pytest.raises(UserError, match="neither a folder"):
+        write_space("nobody/nothing", tmp_path / "space")
+    with pytest.raises(UserError, match="no safetensors"):
+        write_space(str(checkpoint), tmp_path / "space", dense=str(tmp_path))
+    done = call("space", checkpoint, "--dense", digits_model, "--output", checkpoint, "--overwrite")
+    assert done.returncode == 2
+    assert "never written to" in done.stderr
+
+
+def test_requirements_are_those_of_the_package():
+    tomllib = pytest.importorskip("tomllib")  # Python 3.11
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    assert set(REQUIREMENTS) <= set(project["dependencies"])
+    (gradio,) = map(Requirement, project["optional-dependencies"]["space"])
+    assert gradio.specifier.contains(Version(GRADIO_VERSION))
+
+
+@pytest.mark.slow
+def test_the_space_answers(checkpoint, digits_model, digits_data, tmp_path):
+    pytest.importorskip("gradio")
+    from gradio_client import Client, handle_file
+
+    write_space(str(checkpoint), tmp_path / "space", dense=str(digits_model))
+    row = load_dataset("parquet", data_files=str(digits_data.validation), split="train")[0]
+    buffer = io.BytesIO()
+    row["image"].save(buffer, "png")
+    (tmp_path / "digit.png").write_bytes(buffer.getvalue())
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False"}
+    with (tmp_path / "log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, "app.py"], cwd=tmp_path / "space", env=environment, stdout=log, stderr=log
+        )
+    try:
+        wait_for(port, server, tmp_path / "log")
+        client = Client(f"http://127.0.0.1:{port}", verbose=False)
+        dense, dense_line, small, small_line = client.predict(
+            handle_file(str(tmp_path / "digit.png")), api_name="/classify"
+        )
+    finally:
+        server.terminate()
+        server.wait(30)
+    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    assert dense["label"] == small["label"] == names[row["label"]]
+    assert len(dense["confidences"]) == len(small["confidences"]) == 5
+    parameters = [float(line.split("·")[1].split()[0]) for line in (dense_line, small_line)]
+    assert parameters == [0.16, 0.08]
+    assert all(" ms " in line for line in (dense_line, small_line))
+
+
+def wait_for(port: int, server: subprocess.Popen, log: Path) -> None:
+    for _ in range(180):
+        assert server.poll() is None, log.read_text()
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(1)
+    raise AssertionError(log.read_text())
