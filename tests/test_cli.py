@@ -206,26 +206,6 @@ def test_bad_options_are_one_sentence(options, message, digits_model, digits_dat
     assert not list(tmp_path.iterdir())
 
 
-def test_the_source_is_never_the_output(digits_model, digits_data):
-    before = sorted((path.name, path.stat().st_mtime_ns) for path in digits_model.iterdir())
-    options = ("--calibration", digits_data.calibration, "--reduction", 0.5, "--output", digits_model, "--overwrite")
-    assert "source" in sentence(call("compress", digits_model, *options))
-    assert sorted((path.name, path.stat().st_mtime_ns) for path in digits_model.iterdir()) == before
-
-
-def test_an_output_with_files_is_refused_before_any_work(digits_model, digits_data, tmp_path):
-    (tmp_path / "mine.txt").write_text("mine")
-    options = ("--calibration", digits_data.calibration, "--reduction", 0.5, "--output", tmp_path)
-    assert "not empty" in sentence(call("compress", digits_model, *options))
-    assert "mine.txt" in sentence(call("compress", digits_model, *options, "--overwrite"))
-    assert (tmp_path / "mine.txt").read_text() == "mine"
-
-
-def test_compressing_a_compressed_checkpoint_is_refused(compressed, digits_data, tmp_path):
-    options = ("--calibration", digits_data.calibration, "--reduction", 0.5, "--output", tmp_path / "out")
-    assert "already compressed" in sentence(call("compress", compressed[0], *options))
-
-
 def test_missing_calibration_is_one_sentence(digits_model, tmp_path):
     options = ("--calibration", tmp_path / "nothing.parquet", "--reduction", 0.5, "--output", tmp_path / "out")
     assert "nothing.parquet" in sentence(run("compress", digits_model, *options))

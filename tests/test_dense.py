@@ -250,17 +250,6 @@ def test_hash_follows_the_weights(folder: Path):
     assert load_dense(str(folder)).weights_sha256 != before
 
 
-def test_code_of_the_source_never_runs(folder: Path, tmp_path: Path):
-    marker = tmp_path / "ran"
-    (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\nclass Evil: pass\n")
-    names = ("AutoConfig", "AutoModel", "AutoModelForImageClassification")
-    edit_config(folder, auto_map=dict.fromkeys(names, "evil.Evil"))
-    preprocessor = {**json.loads(PREPROCESSOR), "auto_map": {"AutoImageProcessor": "evil.Evil"}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    assert load_dense(str(folder)).parameters == dense_parameters(str(folder))
-    assert not marker.exists()
-
-
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 

@@ -94,7 +94,9 @@ def copied(source, tmp_path) -> Path:
 
 def compression(source: object, images: object, output: object, *options: object) -> tuple[object, ...]:
     size = () if {"--reduction", "--max-parameters", "--match"} & set(options) else ("--reduction", 0.4)
-    return ("compress", source, "--calibration", images, "--output", output, "--device", "cpu", *size, *options)
+    ranks = () if "--rank-multiple" in options else ("--rank-multiple", 1)  # the model is small
+    wanted = (*size, *ranks, *options)
+    return ("compress", source, "--calibration", images, "--output", output, "--device", "cpu", *wanted)
 
 
 def succeeded(done: subprocess.CompletedProcess[str]) -> str:
@@ -165,7 +167,7 @@ def test_fault_03_nan_and_infinity_name_where_they_are(copied, pictures, tmp_pat
 
 def test_fault_04_a_stage_that_helps_nowhere_says_so(source, pictures, monkeypatch, caplog):
     monkeypatch.setattr(gradient, "LEARNING_RATE", 1e3)
-    recipe = CompressionRecipe(reduction=0.4, compensation="gradient")
+    recipe = CompressionRecipe(reduction=0.4, compensation="gradient", rank_multiple=1)
     result = compress(str(source), str(pictures), recipe, device="cpu")
     assert not any(block["kept"] for block in result.report["gradient"]["blocks"])
     assert "training made no block better" in caplog.text
@@ -408,13 +410,12 @@ def test_fault_17_disk_full(source, pictures, small_disk):
     assert content(disk / "out") == before
 
 
-def test_fault_17_the_weights_are_counted_before_the_start(pictures, tmp_path, small_disk):
+def test_fault_17_the_weights_are_counted_before_the_start(tmp_path, small_disk):
     large = make_source(tmp_path / "large", hidden_size=256, intermediate_size=512, num_hidden_layers=4)
     disk = small_disk("size=7m")  # the dense model has 9 MB
     options = ("--preset", "magnitude", "--reduction")
     said = failed(call(*compression(large, "never/looked/at", disk / "out", *options, 0.1)), 2)
     assert "MB free, but the checkpoint needs 12 MB" in said
-    succeeded(call(*compression(large, pictures, disk / "out", *options, 0.8)))
 
 
 def test_fault_18_output_is_the_source_or_not_empty(source, pictures, tmp_path):

@@ -90,11 +90,6 @@ def test_nothing_is_left_on_the_model(model, embeddings):
     assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
 
 
-def test_no_image_is_an_error(model):
-    with pytest.raises(RunError, match="No calibration image"):
-        collect_statistics(model, [])
-
-
 def test_overflow_names_the_block(model, embeddings):
     with pytest.raises(RunError, match="block 0"):
         collect_statistics(model, [embeddings * torch.inf])
