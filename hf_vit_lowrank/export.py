@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 import warnings
 from importlib.util import find_spec
@@ -15,7 +16,7 @@ from transformers.activations import ACT2FN
 
 from .checkpoint import PREPROCESSOR, check_target, find_record, save_checkpoint
 from .dense import to_transformers, why_not_uniform
-from .errors import RunError, UserError, reason
+from .errors import RunError, UserError, as_user_error, reason
 from .evaluation import count_parameters, load_classifier
 from .model_card import model_card
 from .remote.configuration_lowrank_vit import LowRankViTConfig
@@ -237,12 +238,14 @@ def _card(source: Path, model: PreTrainedModel, record: dict[str, Any]) -> str:
 
 
 def _loaded(folder: str | Path) -> tuple[PreTrainedModel, Any]:
-    if not (Path(folder) / "config.json").is_file():
+    config = Path(folder) / "config.json"
+    if not config.is_file():
         raise UserError(f"'{folder}' is no checkpoint folder: it has no config.json.")
-    model, image_processor = load_classifier(str(folder))
-    if getattr(model.config, "quantization_config", None):
+    with as_user_error(f"config.json of '{folder}' could not be read"):
+        quantised = bool(json.loads(config.read_text(encoding="utf-8")).get("quantization_config"))
+    if quantised:
         raise UserError(f"'{folder}' is quantised: export the checkpoint that it was made of.")
-    return model, image_processor
+    return load_classifier(str(folder))
 
 
 def _free_file(file: str | Path, source: Path, overwrite: bool) -> Path:

@@ -46,7 +46,7 @@ class CompressionRecipe:
     rank_multiple: what the inner sizes of a layer are multiples of, its heads taken together; bypasses are free. Matrix
         products whose number of outputs is odd run at two thirds of the speed on a CPU with AVX-512.
     native: one head size and one MLP width for the whole model, which transformers' own classes (5.5 or newer) load
-        without remote code. Of preset "mixed-rank" only.
+        without remote code. Of preset "mixed-rank" only; its two sizes need not be multiples of `rank_multiple`.
 
     Raises:
         UserError: a value out of range, or not exactly one target.

@@ -182,15 +182,14 @@ def test_exported_folder_loads_without_remote_code(export, fields, make_folder, 
     assert content(tmp_path / "out") == files
 
 
-def test_quantised_checkpoints_are_refused(make_folder, tmp_path):
-    pytest.importorskip("optimum.quanto")
-    folder = make_folder(**MIXED)
-    settings = transformers.QuantoConfig(weights="int8")
-    model = AutoModelForImageClassification.from_pretrained(folder, quantization_config=settings)
-    model.save_pretrained(tmp_path / "int8")
-    for export in (export_dense, export_native):
-        with pytest.raises(UserError, match="quantised"):
-            export(tmp_path / "int8", tmp_path / "out")
+def test_quantised_and_broken_checkpoints_are_refused(make_folder, tmp_path):
+    config = make_folder(**MIXED) / "config.json"
+    quantised = {**json.loads(config.read_text()), "quantization_config": {"quant_method": "torchao"}}
+    for text, reason in ((json.dumps(quantised), "quantised"), ("{", "could not be read")):
+        config.write_text(text)
+        for export in (export_dense, export_native):
+            with pytest.raises(UserError, match=reason):
+                export(config.parent, tmp_path / "out")
 
 
 def test_what_is_never_overwritten(make_folder, tmp_path):
