@@ -90,9 +90,9 @@ def report_page(
 def _tiles(record: dict[str, Any], evaluation: dict[str, Any] | None) -> list[dict[str, str | None]]:
     """Name, value, the dense model's value and the change, of each headline number."""
     tiles = [
-        _ratio("parameters", record["dense_parameters"], record["parameters"], lambda count: f"{count / 1e6:.2f} M"),
-        _ratio("float32 weights", record["dense_parameters"], record["parameters"], lambda n: f"{4 * n / 1e6:.2f} MB"),
-        _ratio("FLOPs of one image", record["dense_flops"], record["flops"], lambda count: f"{count / 1e9:.3g} G"),
+        _ratio("parameters", record["dense_parameters"], record["parameters"], _short),
+        _ratio("float32 weights", record["dense_parameters"], record["parameters"], lambda n: f"{_short(4 * n)}B"),
+        _ratio("FLOPs of one image", record["dense_flops"], record["flops"], _short),
     ]
     if evaluation is None:
         return tiles
@@ -116,6 +116,15 @@ def _tiles(record: dict[str, Any], evaluation: dict[str, Any] | None) -> list[di
 def _ratio(name: str, dense: float, small: float, written: Any) -> dict[str, str | None]:
     change = _signed(f"{100 * (small / dense - 1):+.1f} %")
     return {"name": name, "value": written(small), "dense": written(dense), "change": change}
+
+
+def _short(count: float) -> str:
+    """ "1.15 G" for 1,154,000,000."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            digits = 3 if count < 100 * size else 4
+            return f"{count / size:.{digits}g} {unit}"
+    return f"{count:g} "
 
 
 def _signed(text: str) -> str:
