@@ -66,7 +66,7 @@ class CompressionRecipe:
     batch_size: int = 32
     seed: int = 0
     query_key_weight: float = 4.0
-    rank_multiple: int = 8
+    rank_multiple: int = 1
     native: bool = False
 
     def __post_init__(self) -> None:

@@ -40,7 +40,7 @@ def top1(model, result, data):
 @pytest.mark.parametrize("reduction", [0.1, 0.3, 0.5, 0.8])
 @pytest.mark.parametrize("cost", ["parameters", "flops"])
 def test_budget_is_kept_and_used(calibrated, reduction, cost):
-    recipe = replace(RECIPE, reduction=reduction, cost=cost, compensation="none", rank_multiple=1)
+    recipe = replace(RECIPE, reduction=reduction, cost=cost, compensation="none")
     ranks = build(calibrated, recipe).model.config
     whole = calibrated.dense.parameters if cost == "parameters" else plan_cost(calibrated.dense.model.config, "flops")
     used = plan_cost(ranks, cost) / ((1 - reduction) * whole)
@@ -49,13 +49,13 @@ def test_budget_is_kept_and_used(calibrated, reduction, cost):
 
 
 def test_inner_sizes_of_a_layer_are_multiples_or_whole(calibrated, halved):
-    config, dense = halved.model.config, calibrated.dense.model.config
+    result = build(calibrated, replace(RECIPE, compensation="none", rank_multiple=8))
+    config, dense = result.model.config, calibrated.dense.model.config
     layers = zip(config.query_key_ranks, config.value_output_ranks, config.mlp_widths, strict=True)
     for query_key, value_output, width in layers:
         assert sum(query_key) % 8 == sum(value_output) % 8 == 0
         assert width % 8 == 0 or width == dense.intermediate_size
-    free = build(calibrated, replace(RECIPE, compensation="none", rank_multiple=1))
-    assert any(width % 8 for width in free.model.config.mlp_widths)
+    assert any(width % 8 for width in halved.model.config.mlp_widths)
 
 
 def test_the_parameters_reported_are_those_stored(halved):

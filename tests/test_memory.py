@@ -28,7 +28,7 @@ def test_groups_of_blocks_give_the_plan_and_weights_of_all_at_once(digits_model,
 
     whole = run()
     module = sys.modules["hf_vit_lowrank.compress"]  # the package has a function of that name
-    monkeypatch.setattr(module, "memory_plan", lambda *_: MemoryPlan(8, 2, 2, 0))
+    monkeypatch.setattr(module, "memory_plan", lambda *_: MemoryPlan(32, 2, 2, 0))
     groups = run(memory_limit=1, run_folder=tmp_path / "run")
     assert groups.report["plan"] == whole.report["plan"]
     parked = sorted(path.name for path in (tmp_path / "run" / "blocks").iterdir())
