@@ -18,8 +18,9 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 
+from .calibration import Calibrated, calibrate, training_share
 from .charts import bytes_chart, methods_chart, plan_chart
-from .compress import Calibrated, CompressionResult, build, calibrate, training_share
+from .compress import CompressionResult, build
 from .dense import DenseSource, load_dense
 from .errors import UserError, reason
 from .evaluation import count_flops, count_parameters, evaluate_classifier, pick_device

@@ -240,9 +240,9 @@ def compress(
     again.
     """
     from . import processes, progress, tables
+    from .budget import weight_bytes
     from .checkpoint import check_target
     from .compress import compress as compress_model
-    from .compress import weight_bytes
     from .memory import parse_bytes
     from .run_folder import RunFolder
 

@@ -8,8 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .calibration import AGREEMENT_SHARE, Calibrated, calibrate, held_back_agreement, training_share
 from .charts import size_chart
-from .compress import AGREEMENT_SHARE, Calibrated, build, calibrate, held_back_agreement, training_share
+from .compress import build
 from .errors import UserError
 from .evaluation import count_flops, evaluate_classifier
 from .images import ImageStream

@@ -18,7 +18,8 @@ import datasets
 import transformers
 import typer
 
-from hf_vit_lowrank.compress import TRAINING_SHARE, build, calibrate, held_back_agreement, held_back_divergence
+from hf_vit_lowrank.calibration import TRAINING_SHARE, calibrate, held_back_agreement, held_back_divergence
+from hf_vit_lowrank.compress import build
 from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.recipe import CompressionRecipe
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from hf_vit_lowrank.calibration import calibrate
 from hf_vit_lowrank.candidates.bypass import bypass_candidate
-from hf_vit_lowrank.compress import build, calibrate
+from hf_vit_lowrank.compress import build
 from hf_vit_lowrank.evaluation import count_parameters
 from hf_vit_lowrank.recipe import CompressionRecipe
 

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import hf_vit_lowrank
+from hf_vit_lowrank.calibration import calibrate, held_back_agreement
 from hf_vit_lowrank.checkpoint import load_checkpoint
 from hf_vit_lowrank.compensation.closed_form import compensate_closed_form
-from hf_vit_lowrank.compress import build, calibrate, compress, held_back_agreement, plan
+from hf_vit_lowrank.compress import build, compress, plan
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.evaluation import count_parameters, evaluate_classifier
 from hf_vit_lowrank.images import open_images

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
 
+from hf_vit_lowrank.calibration import calibrate
 from hf_vit_lowrank.checkpoint import load_checkpoint, save_checkpoint
 from hf_vit_lowrank.cli import app
-from hf_vit_lowrank.compress import build, calibrate, compress
+from hf_vit_lowrank.compress import build, compress
 from hf_vit_lowrank.dense import from_transformers, load_dense, to_transformers
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.evaluation import count_flops, count_parameters

@@ -12,8 +12,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_faults import NAMES, SIZE, make_pictures, make_source
 
+from hf_vit_lowrank.calibration import Calibrated, calibrate
 from hf_vit_lowrank.checkpoint import load_checkpoint
-from hf_vit_lowrank.compress import Calibrated, build, calibrate
+from hf_vit_lowrank.compress import build
 from hf_vit_lowrank.errors import RunError
 from hf_vit_lowrank.presets import PRESETS
 from hf_vit_lowrank.recipe import OURS, CompressionRecipe

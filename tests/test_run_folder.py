@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
+from hf_vit_lowrank import calibration
+from hf_vit_lowrank.calibration import calibrate
 from hf_vit_lowrank.compensation import closed_form, distill, gradient
-from hf_vit_lowrank.compress import build, calibrate, compress
+from hf_vit_lowrank.compress import build, compress
 from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.recipe import CompressionRecipe
 from hf_vit_lowrank.run_folder import RunFolder
@@ -74,7 +75,7 @@ def test_statistics_are_not_collected_twice(digits_model, digits_data, tmp_path,
     recipe = CompressionRecipe(reduction=0.5, samples=32)
     arguments = (str(digits_model), str(digits_data.calibration), recipe)
     first = compress(*arguments, device="cpu", run_folder=tmp_path / "run")
-    monkeypatch.setattr(sys.modules["hf_vit_lowrank.compress"], "collect_statistics", killing(None, 0))
+    monkeypatch.setattr(calibration, "collect_statistics", killing(None, 0))
     again = compress(*arguments, device="cpu", run_folder=tmp_path / "run")
     state = again.model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in first.model.state_dict().items())

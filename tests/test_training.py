@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from hf_vit_lowrank.augmentation import KEPT_SIZE, RandomViews
+from hf_vit_lowrank.calibration import calibrate, held_back_divergence
 from hf_vit_lowrank.compensation.gradient import compensate_gradient
-from hf_vit_lowrank.compress import build, calibrate, held_back_divergence
+from hf_vit_lowrank.compress import build
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.images import open_images
 from hf_vit_lowrank.recipe import CompressionRecipe

@@ -1,0 +1,57 @@
+"""How small: the limit that a recipe sets for a model, whether it can be reached, and the ranks that keep it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .candidates.block import BlockCandidates
+from .dense import DenseSource, dense_parameters
+from .presets import smallest_parameters
+from .rank_plan import RankPlan, budgeted_ranks, plan_cost, smallest_config, unreachable
+from .recipe import OURS, CompressionRecipe
+
+
+def recipe_ranks(dense: DenseSource, candidates: Sequence[BlockCandidates], recipe: CompressionRecipe) -> RankPlan:
+    """The plan of this package's own method. Raises UserError where the size cannot be reached."""
+    config, limit = dense.model.config, recipe_limit(dense, recipe)
+    return budgeted_ranks(
+        *(candidates, config, limit, recipe.cost, recipe.query_key_weight),
+        multiple=recipe.rank_multiple,
+        native=recipe.native,
+    )
+
+
+def recipe_limit(dense: DenseSource, recipe: CompressionRecipe) -> int:
+    """The most parameters or FLOPs that the recipe allows."""
+    in_flops = recipe.cost == "flops"
+    return _allowed(recipe, plan_cost(dense.model.config, "flops", recipe.native) if in_flops else dense.parameters)
+
+
+def _allowed(recipe: CompressionRecipe, whole: int) -> int:
+    if recipe.max_parameters is not None:
+        return recipe.max_parameters
+    if recipe.match is not None:
+        return dense_parameters(recipe.match)
+    assert recipe.reduction is not None
+    return int((1 - recipe.reduction) * whole)
+
+
+def weight_bytes(source: str, recipe: CompressionRecipe, *, revision: str | None = None) -> int:
+    """Bytes that the weights will take on disk, by the source's configuration alone; 0 where only the run can tell.
+
+    Raises UserError where the source, or the model to match, cannot be used.
+    """
+    whole = dense_parameters(source, revision=revision)
+    if recipe.min_agreement is not None or recipe.cost != "parameters":
+        return 0
+    return 4 * min(whole, _allowed(recipe, whole))
+
+
+def check_reachable(dense: DenseSource, recipe: CompressionRecipe) -> None:
+    if recipe.preset == OURS:
+        multiple = 1 if recipe.native else recipe.rank_multiple
+        smallest = plan_cost(smallest_config(dense.model.config, multiple), recipe.cost, recipe.native)
+    else:
+        smallest = smallest_parameters(recipe.preset, dense.model)
+    if (limit := recipe_limit(dense, recipe)) < smallest:
+        raise unreachable(limit, recipe.cost, smallest)

@@ -1,0 +1,266 @@
+"""What is the same for all sizes: the dense model, what the images told about it, and the error curves."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from . import processes
+from .augmentation import RandomViews
+from .budget import check_reachable
+from .candidates.block import BlockCandidates, block_candidates
+from .dense import DenseSource, load_dense
+from .errors import UserError
+from .evaluation import pick_device
+from .images import ImageStream, Share, open_images, pixel_batches
+from .memory import memory_plan
+from .out_of_memory import with_smaller_batches
+from .precision import half_precision
+from .presets.inputs import PresetInputs
+from .progress import say, track
+from .recipe import CompressionRecipe
+from .record import source_record, versions
+from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
+from .run_folder import RunFolder
+from .statistics import BlockStatistics, collect_statistics
+
+# Share of the calibration images held back: to measure agreement on, and to decide what training may keep.
+AGREEMENT_SHARE = 0.2
+TRAINING_SHARE = 0.1
+TRAINED = ("gradient", "distill")
+NOWHERE = RunFolder()
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What any size is made from: the dense model, what the images told about it, and the images' embeddings.
+
+    native: whether the candidates are for a plan that transformers' own classes can hold.
+    held_back, expected: embeddings of images that nothing is fitted on, the last of the stream, and the dense model's
+        logits for them, if some were asked for.
+    """
+
+    dense: DenseSource
+    images: ImageStream
+    fitting: list[Tensor]
+    held_back: list[Tensor]
+    expected: Tensor
+    statistics: Sequence[BlockStatistics]
+    calibration: dict[str, Any]
+    seed: int
+    native: bool
+    seconds: dict[str, float]
+    parking: RunFolder = NOWHERE
+
+    @cached_property
+    def candidates(self) -> Sequence[BlockCandidates]:
+        """Error curves and what they come from, one per block; on disk where memory is limited."""
+        layers = range(self.dense.model.config.num_hidden_layers)
+        with timed(self.seconds, "candidates"):
+            own = processes.share(layers)
+            blocks = track(own, "Error curves", len(own), "blocks")
+            if self.parking is NOWHERE:
+                shares = processes.gather([self._candidates(layer) for layer in blocks])
+                return [shares[layer % len(shares)][layer // len(shares)] for layer in layers]
+            for layer in blocks:
+                self.parking.stage(f"candidates-{layer}", partial(self._candidates, layer))
+            return self.parking.parked([f"candidates-{layer}" for layer in layers])
+
+    def _candidates(self, layer: int) -> BlockCandidates:
+        block: Any = self.dense.model.vit.blocks[layer]
+        return block_candidates(block, self.statistics[layer], self.native)
+
+    @cached_property
+    def presets(self) -> PresetInputs:
+        """What the other methods are built from."""
+        return PresetInputs(self.dense.model, self.fitting, self.statistics, self.seed)
+
+    @cached_property
+    def views(self) -> RandomViews:
+        """All images, the held-back ones last; decoded when first asked for."""
+        return RandomViews(self.images, self.dense.image_processor, pair(self.dense.model.config.image_size))
+
+
+def training_share(recipe: CompressionRecipe) -> float:
+    """Share of the calibration images that a recipe holds back to decide what training may keep; 0 without training."""
+    return TRAINING_SHARE if recipe.compensation in TRAINED else 0.0
+
+
+def calibrate(
+    source: str,
+    calibration: str | ImageStream,
+    recipe: CompressionRecipe,
+    *,
+    hold_back: float = 0.0,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    device: str | None = None,
+    run: RunFolder = NOWHERE,
+    memory_limit: int | None = None,
+) -> Calibrated:
+    """Everything that does not depend on the size: load, embed the images, collect statistics, draw the error curves.
+
+    hold_back: share of the images to set apart, which nothing is fitted on.
+    """
+    seconds: dict[str, float] = {}
+    if isinstance(calibration, str):
+        calibration = open_images(calibration, samples=recipe.samples, seed=recipe.seed)
+    with timed(seconds, "load"):
+        dense = load_dense(source, revision=revision, allow_pickle=allow_pickle)
+        dense.model.requires_grad_(False)
+        torch.nn.Module.to(dense.model, processes.device() if processes.count() > 1 else pick_device(device))
+        if recipe.min_agreement is None:
+            check_reachable(dense, recipe)  # before the long work
+    if memory_limit is not None and run.folder is None:
+        raise UserError("A memory limit needs a run folder, where the moments are parked.")
+    if memory_limit is not None and processes.count() > 1:
+        raise UserError("A memory limit is for one process: start it without accelerate launch.")
+    memory = memory_plan(dense.model.config, recipe.samples, recipe.batch_size, memory_limit)
+    say(f"Memory: about {memory.peak / 1e9:.1f} GB, {memory.passes} passes over the images for the statistics")
+    run.require(
+        recipe=recipe.to_dict(),
+        source=source_record(dense),
+        images=calibration.description,
+        versions=versions(),
+        device=dense.model.device.type,
+        processes=processes.count(),
+    )
+    with timed(seconds, "images"):
+        own = calibration
+        if processes.count() > 1:
+            own = calibration.shared(Share(processes.index(), processes.count(), recipe.batch_size))
+        fitting, held_back = _split(_embed(dense, own, recipe.batch_size), hold_back, recipe.batch_size)
+        expected = _logits(dense.model, held_back)
+    image_sha256 = _joint_sha256(own)
+    run.require(image_sha256=image_sha256)
+    with timed(seconds, "statistics"):
+        statistics: Sequence[BlockStatistics]
+        if memory_limit is None:
+            statistics = run.stage("statistics", lambda: _statistics(dense, fitting, recipe.seed, None))
+            parking = NOWHERE
+        else:
+            parking = run.part("blocks")
+            fitting = [part for batch in fitting for part in batch.split(memory.batch_size)]
+            statistics = _parked_statistics(dense, fitting, recipe.seed, memory.group, parking)
+    about = {
+        **calibration.description,
+        "images": int(processes.total(sum(map(len, fitting + held_back)))),
+        "sha256": image_sha256,
+        "skipped": list(own.skipped),
+        "processes": processes.count(),
+    }
+    return Calibrated(
+        *(dense, calibration, fitting, held_back, expected, statistics, about),
+        seed=recipe.seed,
+        native=recipe.native,
+        seconds=seconds,
+        parking=parking,
+    )
+
+
+def _parked_statistics(
+    dense: DenseSource, embeddings: list[Tensor], seed: int, group: int, parking: RunFolder
+) -> Sequence[BlockStatistics]:
+    """Collected for `group` blocks at a time, and read from disk whenever they are needed."""
+    layers = range(dense.model.config.num_hidden_layers)
+    for start in layers[::group]:
+        chosen = layers[start : start + group]
+        if not all(parking.has(f"statistics-{layer}") for layer in chosen):
+            for layer, moments in zip(chosen, _statistics(dense, embeddings, seed, chosen), strict=True):
+                parking.save(f"statistics-{layer}", moments)
+    return parking.parked([f"statistics-{layer}" for layer in layers])
+
+
+def _statistics(dense: DenseSource, embeddings: list[Tensor], seed: int, layers: range | None) -> list[BlockStatistics]:
+    half = dense.model.device.type == "cuda" and half_precision(dense.model.device)
+
+    def collect(batches: list[Tensor]) -> list[BlockStatistics]:
+        tracked = track(batches, "Statistics", sum(map(len, batches)), size=len)
+        return collect_statistics(dense.model, tracked, seed, torch.bfloat16 if half else torch.float32, layers)
+
+    return with_smaller_batches("Statistics", collect, embeddings)
+
+
+@torch.no_grad()
+def _embed(dense: DenseSource, images: ImageStream, batch_size: int) -> list[Tensor]:
+    """Embeddings of all images, batches of (images, tokens, d), on the CPU; pixels are not needed after this."""
+    batches = pixel_batches(images, dense.image_processor, batch_size)
+    device = dense.model.device
+    return [
+        dense.model.vit.embeddings(batch.pixel_values.to(device)).cpu()
+        for batch in track(batches, "Images", images.length, size=lambda batch: len(batch.pixel_values))
+    ]
+
+
+def _split(embeddings: list[Tensor], share: float, batch_size: int) -> tuple[list[Tensor], list[Tensor]]:
+    """This process's images to fit on, and of those held back, which are the last of all processes' together."""
+    images = int(processes.total(sum(map(len, embeddings))))
+    fitted_on = images - (max(1, int(share * images)) if share else 0)
+    fitting: list[Tensor] = []
+    held_back: list[Tensor] = []
+    for number, batch in enumerate(embeddings):
+        start = (number * processes.count() + processes.index()) * batch_size
+        for part, of in (
+            (batch[: max(fitted_on - start, 0)], fitting),
+            (batch[max(fitted_on - start, 0) :], held_back),
+        ):
+            if len(part):
+                of.append(part)
+    if min(processes.gather(len(fitting))) == 0:
+        raise UserError(
+            f"{images} calibration images are too few for this recipe in {processes.count()} process(es): each needs a "
+            "batch to fit on, and training or --min-agreement others to measure on."
+        )
+    return fitting, held_back
+
+
+def _joint_sha256(images: ImageStream) -> str | None:
+    shares = processes.gather(images.sha256)
+    return shares[0] if len(shares) == 1 else hashlib.sha256("".join(map(str, shares)).encode()).hexdigest()
+
+
+def held_back_agreement(calibrated: Calibrated, model: LowRankViTForImageClassification) -> float:
+    """Share of the held-back images that a model and the dense model put into the same class."""
+    logits = _logits(model, calibrated.held_back)
+    return _mean_of_all((logits.argmax(-1) == calibrated.expected.argmax(-1)).double())
+
+
+def held_back_divergence(calibrated: Calibrated, model: LowRankViTForImageClassification) -> float:
+    """Kullback-Leibler divergence of a model's probabilities from the dense model's on held-back images, in nats."""
+    logits = _logits(model, calibrated.held_back).log_softmax(-1)
+    divergences = kl_div(logits, calibrated.expected.log_softmax(-1), log_target=True, reduction="none").sum(-1)
+    return _mean_of_all(divergences)
+
+
+def _mean_of_all(values: Tensor) -> float:
+    """Over the images (images,) of all processes."""
+    return processes.total(values.sum().item()) / processes.total(len(values))
+
+
+@torch.no_grad()
+def _logits(model: LowRankViTForImageClassification, embeddings: Sequence[Tensor]) -> Tensor:
+    """(images, classes) in float64 on the CPU, from batches of embeddings."""
+    logits = []
+    for batch in embeddings:
+        stream = batch.to(model.device)
+        for block in model.vit.blocks:
+            stream, _ = block(stream)
+        logits.append(model.classify(model.vit.norm(stream))[0].double().cpu())
+    return torch.cat(logits) if logits else torch.empty(0, model.config.num_labels or 0, dtype=torch.float64)
+
+
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Add the time that the block takes to a stage."""
+    start = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

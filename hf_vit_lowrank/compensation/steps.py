@@ -1,0 +1,165 @@
+"""What a recipe does to repair a model after it was made smaller, each step from the one before."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import processes
+from ..calibration import TRAINED, Calibrated, held_back_divergence, timed
+from ..errors import UserError
+from ..evaluation import class_of_label
+from ..out_of_memory import with_smaller_batches
+from ..progress import track
+from ..recipe import OURS, CompressionRecipe
+from ..remote.modeling_lowrank_vit import LowRankViTForImageClassification
+from ..run_folder import RunFolder
+from .closed_form import BlockDrift, compensate_closed_form
+from .distill import distill
+from .drift import block_drifts
+from .gradient import BlockTraining, compensate_gradient
+
+logger = logging.getLogger(__name__)
+
+# Random views of every calibration image beside the image itself, for training block by block.
+VIEWS = 2
+# Images on which the drift of each block is measured, for the report.
+DRIFT_IMAGES = 128
+
+
+def compensate(
+    calibrated: Calibrated,
+    model: LowRankViTForImageClassification,
+    recipe: CompressionRecipe,
+    seconds: dict[str, float],
+    run: RunFolder,
+) -> dict[str, Any]:
+    """Repair `model` in place, each step of `recipe.compensation` from the one before; what to report of it."""
+    report: dict[str, Any] = {}
+    if recipe.compensation == "none":
+        return report
+    shrunk = None
+    if recipe.preset == OURS:
+        shrunk = copy.deepcopy(model) if recipe.compensation in TRAINED else None
+        with timed(seconds, "compensation"):
+            drifts = _refit(calibrated, model, run.part("closed-form"))
+        report["blocks"] = [asdict(drift) for drift in drifts]
+    if recipe.compensation in TRAINED:
+        with timed(seconds, "gradient"):
+            report["gradient"] = _train_blocks(calibrated, model, shrunk, recipe, run.part("gradient"))
+    if recipe.compensation == "distill":
+        with timed(seconds, "distillation"):
+            report["distillation"] = _distill(calibrated, model, recipe, run.part("distillation"))
+    return report
+
+
+def measured_drifts(calibrated: Calibrated, model: LowRankViTForImageClassification) -> list[float]:
+    """Of each block, six digits; on images that nothing was fitted on where there are some, in whichever process."""
+    first = calibrated.fitting[0]
+    batches = calibrated.held_back if processes.total(len(calibrated.held_back)) else calibrated.fitting
+    own = DRIFT_IMAGES // processes.count()
+    images = torch.cat([first[:0], *batches[: -(-own // len(first))]])[:own].split(len(first))
+    return [float(f"{value:.6g}") for value in block_drifts(calibrated.dense.model, model, images)]
+
+
+def _refit(calibrated: Calibrated, model: LowRankViTForImageClassification, run: RunFolder) -> list[BlockDrift]:
+    start = copy.deepcopy(model.state_dict())
+
+    def refit(batches: list[Tensor]) -> list[BlockDrift]:
+        model.load_state_dict(start)
+        return compensate_closed_form(calibrated.dense.model, model, calibrated.statistics, batches, run)
+
+    return with_smaller_batches("Compensation", refit, calibrated.fitting)
+
+
+def _train_blocks(
+    calibrated: Calibrated,
+    model: LowRankViTForImageClassification,
+    shrunk: LowRankViTForImageClassification | None,
+    recipe: CompressionRecipe,
+    run: RunFolder,
+) -> dict[str, Any]:
+    """Train block by block; `model` stays as it is where the whole is no better on held-back images.
+
+    shrunk: the model before its refit, from which training starts with refits of its own; None for other presets.
+    """
+    trained = copy.deepcopy(model) if shrunk is None else shrunk
+    start = copy.deepcopy(trained.state_dict())
+
+    def train(batches: list[Tensor]) -> list[BlockTraining]:
+        trained.load_state_dict(start)
+        return compensate_gradient(
+            *(calibrated.dense.model, trained, calibrated.statistics, batches, calibrated.held_back),
+            refit=shrunk is not None,
+            seed=recipe.seed,
+            run=run,
+        )
+
+    embeddings = calibrated.fitting + _view_embeddings(calibrated, recipe)
+    records = with_smaller_batches("Training block by block", train, embeddings)
+    if not any(record.kept for record in records):
+        logger.warning("training made no block better on held-back images: all stay as they were refitted")
+    before, after = (held_back_divergence(calibrated, one) for one in (model, trained))
+    if after < before:
+        model.load_state_dict(trained.state_dict())
+    return {
+        "before": before,
+        "after": after,
+        "kept": after < before,
+        "blocks": [asdict(record) for record in records],
+    }
+
+
+@torch.no_grad()
+def _view_embeddings(calibrated: Calibrated, recipe: CompressionRecipe) -> list[Tensor]:
+    """VIEWS random views of every image that may be fitted on, embedded."""
+    embed, device = calibrated.dense.model.vit.embeddings, calibrated.dense.model.device
+    fitting = int(processes.total(sum(map(len, calibrated.fitting))))
+    images = processes.share(torch.arange(fitting).repeat(VIEWS).split(recipe.batch_size))
+    generator = torch.Generator().manual_seed(recipe.seed + processes.index())
+    return [
+        embed(calibrated.views.batch(chosen.tolist(), generator).to(device)).cpu()
+        for chosen in track(images, "Views", sum(map(len, images)), size=len)
+    ]
+
+
+def _distill(
+    calibrated: Calibrated,
+    model: LowRankViTForImageClassification,
+    recipe: CompressionRecipe,
+    run: RunFolder,
+) -> dict[str, Any]:
+    views, held_back = calibrated.views, int(processes.total(sum(map(len, calibrated.held_back))))
+    with tempfile.TemporaryDirectory() as temporary:
+        record = distill(
+            calibrated.dense.model,
+            model,
+            views,
+            range(len(views) - held_back, len(views)),
+            epochs=recipe.distill_epochs,
+            learning_rate=recipe.distill_lr,
+            batch_size=recipe.batch_size,
+            seed=recipe.seed,
+            labels=_labels(calibrated) if recipe.labels else None,
+            folder=run.folder or Path(temporary),
+        )
+    return asdict(record)
+
+
+def _labels(calibrated: Calibrated) -> list[int]:
+    """The dense model's class of every calibration image."""
+    images, class_of = calibrated.images, class_of_label(calibrated.images, calibrated.dense.model)
+    labels = [class_of(label) for label in calibrated.views.labels if label is not None]
+    if len(labels) < len(calibrated.views):
+        raise UserError(
+            f"'{images.description['location']}' has no label for {len(calibrated.views) - len(labels)} of its images: "
+            "name the label column, or leave labels out."
+        )
+    return labels

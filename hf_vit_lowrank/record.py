@@ -1,0 +1,78 @@
+"""What a compression writes down about itself; it becomes compression.json and the card."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from .candidates.block import BlockCandidates
+from .dense import DenseSource
+from .evaluation import count_flops, count_parameters
+from .rank_plan import RankPlan, curve_records, plan_cost
+from .recipe import CompressionRecipe
+from .remote.configuration_lowrank_vit import LowRankViTConfig
+from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
+
+
+def compression_record(
+    dense: DenseSource, calibration: dict[str, Any], recipe: CompressionRecipe, size: dict[str, Any]
+) -> dict[str, Any]:
+    """calibration: what `Calibrated.calibration` says. size: see `planned_size` and `built_size`."""
+    return {
+        "format": 1,
+        "source": {**source_record(dense), "parameters": dense.parameters, "card": dense.card},
+        "recipe": recipe.to_dict(),
+        "calibration": calibration,
+        "dense_parameters": dense.parameters,
+        "dense_flops": plan_cost(dense.model.config, "flops", recipe.native),
+        "remote_code": not recipe.native,
+        **size,
+        "reduction": 1 - size["parameters"] / dense.parameters,
+        "versions": versions(),
+    }
+
+
+def source_record(dense: DenseSource) -> dict[str, Any]:
+    """Where the dense model is from, and the hash of its weights."""
+    return {"location": dense.location, "revision": dense.revision, "weights_sha256": dense.weights_sha256}
+
+
+def versions() -> dict[str, str]:
+    """Of what the result depends on."""
+    return {name: version(name) for name in ("hf-vit-lowrank", "torch", "transformers")}
+
+
+def planned_size(
+    dense: DenseSource, candidates: Sequence[BlockCandidates], recipe: CompressionRecipe, ranks: RankPlan
+) -> dict[str, Any]:
+    """Of a plan of this package's own method, and the curves it was chosen from."""
+    config = ranks.apply(dense.model.config)
+    return {
+        "plan": _inner_sizes(config),
+        "parameters": plan_cost(config, "parameters", recipe.native),
+        "flops": plan_cost(config, "flops", recipe.native),
+        "predicted_loss": ranks.predicted_loss,
+        "moment_ranks": [block.moment_ranks for block in candidates],
+        "error_curves": curve_records(candidates, recipe.query_key_weight, recipe.rank_multiple, ranks),
+    }
+
+
+def built_size(model: LowRankViTForImageClassification) -> dict[str, Any]:
+    """Of a model that another method made."""
+    return {
+        "plan": _inner_sizes(model.config),
+        "parameters": count_parameters(model),
+        "flops": count_flops(model),
+        "predicted_loss": None,
+    }
+
+
+def _inner_sizes(config: LowRankViTConfig) -> dict[str, Any]:
+    return {
+        "query_key_ranks": config.query_key_ranks,
+        "value_output_ranks": config.value_output_ranks,
+        "mlp_widths": config.mlp_widths,
+        "factor_ranks": config.factor_ranks,
+        "bypass_ranks": config.bypass_ranks,
+    }
