@@ -58,7 +58,7 @@ class CompressionResult:
         # Times differ from run to run; the same recipe must give the same bytes.
         record = {key: value for key, value in self.report.items() if key != "seconds"}
         save_checkpoint(
-            self.model if record["remote_code"] else to_transformers(self.model),
+            self.model if record.get("remote_code", True) else to_transformers(self.model),
             self.image_processor,
             folder,
             record=record,

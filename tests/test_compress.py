@@ -182,6 +182,7 @@ def test_deit_with_two_heads_end_to_end(tokens, digits_data, tmp_path):
     assert result.report["parameters"] == count_parameters(result.model)
 
 
+@pytest.mark.slow
 def test_deit_tiny_floors(shared_data):
     """Floors on 200 images, well under what is measured on all; a quarter of the calibration images."""
     source, calibration = str(shared_data / "deit-tiny"), str(shared_data / "calibration.parquet")
