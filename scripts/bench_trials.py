@@ -30,7 +30,7 @@ TRIALS: dict[str, tuple[str, tuple[str, str, Any] | None]] = {
     "closed form, value-output x1": ("closed-form", ("candidates.block", "VALUE_OUTPUT_WEIGHT", 1.0)),
     "closed form, value-output x3": ("closed-form", ("candidates.block", "VALUE_OUTPUT_WEIGHT", 3.0)),
     "gradient": ("gradient", None),
-    "gradient, no random views": ("gradient", ("compress", "VIEWS", 0)),
+    "gradient, no random views": ("gradient", ("compensation.steps", "VIEWS", 0)),
     "gradient, 1 pass": ("gradient", ("compensation.gradient", "EPOCHS", 1)),
     "gradient, 8 passes": ("gradient", ("compensation.gradient", "EPOCHS", 8)),
     "gradient, rate 1e-3": ("gradient", ("compensation.gradient", "LEARNING_RATE", 1e-3)),
