@@ -23,7 +23,7 @@ from .images import ImageStream
 from .model_card import PICTURE, model_card
 from .presets import PRESETS
 from .recipe import OURS, CompressionRecipe
-from .record import built_size, compression_record, planned_size
+from .record import built_size, compression_record, planned_size, published
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
 from .run_folder import RunFolder
@@ -55,8 +55,7 @@ class CompressionResult:
         """
         if not processes.is_main():
             return
-        # Times differ from run to run; the same recipe must give the same bytes.
-        record = {key: value for key, value in self.report.items() if key != "seconds"}
+        record = published(self.report)
         save_checkpoint(
             self.model if record.get("remote_code", True) else to_transformers(self.model),
             self.image_processor,

@@ -45,10 +45,18 @@ def evaluation_record(report: dict[str, Any]) -> dict[str, Any]:
     """The part of an `EvaluationReport` that a card shows: accuracies, not the speed of the machine it was made on."""
     dense = report["against"]
     return {
-        **{name: report[name] for name in ("images", "top1", "top5", "agreement", "data")},
+        **{name: report[name] for name in ("images", "top1", "top5", "agreement")},
+        "data": report["data"] and without_folders(report["data"]),
         "skipped": len(report["skipped"]),
         "against": dense and {name: dense[name] for name in ("top1", "top5")},
     }
+
+
+def without_folders(place: dict[str, Any]) -> dict[str, Any]:
+    """A source or data set as it may be published: of a "location" on this machine only the last part."""
+    if place.get("hub") or place.get("revision") is not None:
+        return place
+    return {**place, "location": short_name(place["location"])}
 
 
 def pin(card: str, repository: str, revision: str) -> str:
@@ -96,7 +104,7 @@ def model_card(record: dict[str, Any], *, picture: str | None = None) -> str:
     )
     return template.render(
         metadata=Markup(_metadata(record).to_yaml().strip()),
-        title=Markup(f"{_code(_short_name(source['location']))}, {100 * reduction:.0f} % smaller"),
+        title=Markup(f"{_code(short_name(source['location']))}, {100 * reduction:.0f} % smaller"),
         source=_code(source["location"]) if _on_hub(source) else "a model in a local folder",
         removed=f"{100 * reduction:.1f} %",
         dense={"parameters": _millions(source["parameters"])},
@@ -168,7 +176,7 @@ def _metadata(record: dict[str, Any]) -> ModelCardData:
         tags=list(dict.fromkeys(tags)),
         datasets=list(dict.fromkeys(datasets)) or None,
         metrics=["accuracy"] if results else None,
-        model_name=f"{_short_name(source['location'])}-lowrank" if results else None,
+        model_name=f"{short_name(source['location'])}-lowrank" if results else None,
         eval_results=results or None,
     )
 
@@ -271,13 +279,13 @@ def _command_line(record: dict[str, Any]) -> Markup | None:
 
 
 def _shown_source(source: dict[str, Any]) -> str:
-    return source["location"] if _on_hub(source) else _short_name(source["location"])
+    return source["location"] if _on_hub(source) else short_name(source["location"])
 
 
 def _shown(data: dict[str, Any], default: str) -> str:
     """A data set's id, or the last part of a path."""
     location = str(data.get("location", default))
-    return location if data.get("hub") else _short_name(location)
+    return location if data.get("hub") else short_name(location)
 
 
 def _keywords(values: dict[str, Any]) -> list[Markup]:
@@ -297,7 +305,8 @@ def _code(text: str) -> Markup:
     return Markup(f"{fence}{padding}{text}{padding}{fence}")
 
 
-def _short_name(location: str) -> str:
+def short_name(location: str) -> str:
+    """The last part of a path or id."""
     return location.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1] or location
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from .candidates.block import BlockCandidates
 from .dense import DenseSource
 from .evaluation import count_flops, count_parameters
+from .model_card import without_folders
 from .rank_plan import RankPlan, curve_records, plan_cost
 from .recipe import CompressionRecipe
 from .remote.configuration_lowrank_vit import LowRankViTConfig
@@ -31,6 +32,12 @@ def compression_record(
         "reduction": 1 - size["parameters"] / dense.parameters,
         "versions": versions(),
     }
+
+
+def published(record: dict[str, Any]) -> dict[str, Any]:
+    """What a checkpoint tells: no times, for the same recipe must give the same bytes, no folders of this machine."""
+    kept = {name: value for name, value in record.items() if name != "seconds"}
+    return kept | {name: without_folders(kept[name]) for name in ("source", "calibration") if name in kept}
 
 
 def source_record(dense: DenseSource) -> dict[str, Any]:

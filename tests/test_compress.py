@@ -195,3 +195,11 @@ def test_deit_tiny_floors(shared_data):
         assert result.report["parameters"] >= 0.995 * (1 - reduction) * dense.parameters
         measured = evaluate_classifier(result.model, dense.image_processor, images, device="cpu")
         assert measured.top1 >= floor
+
+
+def test_a_checkpoint_tells_no_folders_of_this_machine(digits_model, halved, tmp_path):
+    halved.save_pretrained(tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "compression.json").read_text())
+    assert record["source"]["location"] == digits_model.name
+    for file in (tmp_path / "out").iterdir():
+        assert str(digits_model.parent).encode() not in file.read_bytes()
