@@ -9,6 +9,7 @@ import torch
 
 from hf_vit_lowrank.augmentation import KEPT_SIZE, RandomViews
 from hf_vit_lowrank.calibration import calibrate, held_back_divergence
+from hf_vit_lowrank.checkpoint import load_checkpoint
 from hf_vit_lowrank.compensation.gradient import compensate_gradient
 from hf_vit_lowrank.compress import build
 from hf_vit_lowrank.errors import UserError
@@ -68,6 +69,14 @@ def test_the_same_seed_gives_the_same_bits(calibrated, shortly_distilled):
     state = again.model.state_dict()
     assert again.report["distillation"] == shortly_distilled.report["distillation"]
     assert all(torch.equal(tensor, state[name]) for name, tensor in shortly_distilled.model.state_dict().items())
+
+
+def test_a_distilled_model_is_saved_as_it_is(shortly_distilled, tmp_path):
+    shortly_distilled.save_pretrained(tmp_path / "out")
+    pixels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    saved = load_checkpoint(tmp_path / "out")[0]
+    with torch.no_grad():
+        assert torch.allclose(saved(pixels).logits, shortly_distilled.model(pixels).logits, atol=1e-6)
 
 
 def test_a_block_that_training_makes_worse_stays_as_it_was(calibrated, monkeypatch):

@@ -84,6 +84,8 @@ def distill(
     trainer.remove_callback(PrinterCallback)
     trainer.teacher = dense
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
+    # Or it would go on computing in the precision of the training.
+    trainer.accelerator.unwrap_model(small, keep_fp32_wrapper=False)
     small.eval()
     # A run that goes on evaluates once more where it stopped.
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
