@@ -134,6 +134,8 @@ def calibrate(
         device=dense.model.device.type,
         processes=processes.count(),
     )
+    if not run.has("statistics"):
+        run.require_room(memory.moments)
     with timed(seconds, "images"):
         own = calibration
         if processes.count() > 1:

@@ -20,13 +20,15 @@ _WORKING_MATRICES = 10
 class MemoryPlan:
     """batch_size: images at once. group: blocks whose moments are collected in one pass over the images.
 
-    peak: bytes that the process is expected to take at most.
+    peak: bytes that the process is expected to take at most. moments: bytes of the moments of all blocks, which a run
+    folder holds.
     """
 
     batch_size: int
     group: int
     passes: int
     peak: int
+    moments: int
 
 
 def parse_bytes(text: str) -> int:
@@ -64,7 +66,7 @@ def memory_plan(config: LowRankViTConfig, images: int, batch_size: int, limit: i
                 f"{limit / 1e9:.1f} GB do not do for this model and {images} images: allow at least "
                 f"{peak(batch, group) / 1e9:.1f} GB."
             )
-    return MemoryPlan(batch, group, -(-layers // group), peak(batch, group))
+    return MemoryPlan(batch, group, -(-layers // group), peak(batch, group), layers * moments)
 
 
 def _moment_bytes(config: LowRankViTConfig) -> int:

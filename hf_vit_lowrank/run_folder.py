@@ -54,6 +54,17 @@ class RunFolder:
                 )
         self._write(_INPUTS, lambda file: file.write_text(json.dumps(noted, indent=2, sort_keys=True) + "\n"))
 
+    def require_room(self, needed: int) -> None:
+        """Raises UserError where the disk has less than `needed` bytes left."""
+        if self.folder is None:
+            return
+        free = shutil.disk_usage(next(parent for parent in self.folder.resolve().parents if parent.is_dir())).free
+        if free < needed:
+            raise UserError(
+                f"The disk of '{self.folder}' has {free / 1e6:.0f} MB free, but a run keeps {needed / 1e6:.0f} MB "
+                "there until it is done: make room, or choose an output on another disk."
+            )
+
     def part(self, name: str) -> RunFolder:
         """For the stages of one of several results that a run makes."""
         return RunFolder(self.folder and self.folder / name)

@@ -418,6 +418,14 @@ def test_fault_17_the_weights_are_counted_before_the_start(tmp_path, small_disk)
     assert "MB free, but the checkpoint needs 12 MB" in said
 
 
+def test_fault_17_what_a_run_keeps_is_counted_before_the_start(pictures, tmp_path, small_disk):
+    wide = make_source(tmp_path / "wide", hidden_size=16, intermediate_size=1000)
+    disk = small_disk("size=12m")
+    said = failed(call(*compression(wide, pictures, disk / "out")), 2)
+    assert "MB free, but a run keeps" in said
+    assert not list(disk.iterdir())
+
+
 def test_fault_18_output_is_the_source_or_not_empty(source, pictures, tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in source.iterdir()}
     assert "is the source" in failed(call(*compression(source, pictures, source, "--overwrite")), 2)
