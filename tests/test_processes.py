@@ -116,6 +116,7 @@ def test_every_image_of_a_stream_is_read_once(shards, samples, digits_data, monk
         assert seen == everything
 
 
+@pytest.mark.slow
 def test_presets_are_refused_by_name(digits_model, digits_data, tmp_path):
     with pytest.raises(AssertionError, match="'svd-llm' runs in one process"):
         launch(digits_model, digits_data.calibration, tmp_path / "out", "--preset", "svd-llm")
