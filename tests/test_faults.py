@@ -337,7 +337,7 @@ cli.main()
 def test_fault_14_out_of_memory_in_calibration(tmp_path):
     source = make_source(tmp_path / "dense", image_size=64, patch_size=4)
     pictures = make_pictures(tmp_path / "pictures", 192)
-    arguments = compression(source, pictures, tmp_path / "out", "--batch-size", 192)
+    arguments = compression(source, pictures, tmp_path / "out", "--batch-size", 192, "--reduction", 0.2)
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", LIMITED, "700000000", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
