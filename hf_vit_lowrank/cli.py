@@ -472,20 +472,11 @@ def evaluate(
     from . import tables
     from .checkpoint import rewrite_card, unedited_card
     from .evaluation import evaluate_classifier, load_classifier
-    from .images import open_images
     from .model_card import PICTURE, evaluation_record, model_card
 
     _check_file(json)
     record = unedited_card(Path(model)) if write_card else None
-    images = open_images(
-        dataset,
-        config=config,
-        split=split,
-        image_column=image_column,
-        label_column=label_column,
-        samples=samples,
-        seed=None,
-    )
+    images = _labelled_images(dataset, config, split, image_column, label_column, samples)
     classifier, image_processor = load_classifier(model, revision=revision)
     dense = load_classifier(against) if against else None
     report = evaluate_classifier(
@@ -650,17 +641,7 @@ def report(
     record, settings = read_checkpoint(folder)
     stream = evaluation = None
     if dataset:
-        from .images import open_images
-
-        stream = open_images(
-            dataset,
-            config=config,
-            split=split,
-            image_column=image_column,
-            label_column=label_column,
-            samples=samples,
-            seed=None,
-        )
+        stream = _labelled_images(dataset, config, split, image_column, label_column, samples)
         evaluation = measure(folder, stream, against=against, batch_size=batch_size, device=device)
     output.write_text(report_page(record, settings, evaluation, stream), encoding="utf-8")
     if json:
@@ -753,6 +734,28 @@ def _calibration_images(
 
     return open_images(
         location, config=config, split=split, image_column=image_column, samples=recipe.samples, seed=recipe.seed
+    )
+
+
+def _labelled_images(
+    location: str,
+    config: str | None,
+    split: str | None,
+    image_column: str | None,
+    label_column: str | None,
+    samples: int | None,
+) -> ImageStream:
+    """To measure on, in the order of the data."""
+    from .images import open_images
+
+    return open_images(
+        location,
+        config=config,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        samples=samples,
+        seed=None,
     )
 
 

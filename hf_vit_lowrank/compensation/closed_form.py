@@ -23,7 +23,7 @@ from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageCla
 from ..run_folder import RunFolder
 from ..statistics import BlockStatistics, Moments, TokenGroups, token_weight
 from ..surgery import keep_units, set_linear
-from .drift import drift
+from .drift import drift, moved
 
 OUTPUT_RIDGE = 1e-4
 DOWN_RIDGE = 1e-5
@@ -60,20 +60,13 @@ def compensate_closed_form(
         if run.has(stage):
             state, record = run.load(stage)
             block.load_state_dict(state)
-            drift = BlockDrift(**record)
+            after = BlockDrift(**record)
             dense_stream, small_stream = moved(source, dense_stream, queries), moved(block, small_stream, queries)
         else:
-            drift = refit_block(source, block, moments, dense_stream, small_stream, queries, num_read)
-            run.save(stage, (block.state_dict(), asdict(drift)))
-        drifts.append(drift)
+            after = refit_block(source, block, moments, dense_stream, small_stream, queries, num_read)
+            run.save(stage, (block.state_dict(), asdict(after)))
+        drifts.append(after)
     return drifts
-
-
-@torch.no_grad()
-def moved(block: LowRankViTBlock, stream: Sequence[Tensor], queries: int | None) -> list[Tensor]:
-    """The stream behind a block: batches of (images, tokens, d), tokens the leading `queries` or all."""
-    device = next(block.parameters()).device
-    return [block(batch.to(device), queries)[0].cpu() for batch in stream]
 
 
 @torch.no_grad()

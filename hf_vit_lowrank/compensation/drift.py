@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import processes
 from ..linalg import RELATIVE_FLOOR
-from ..remote.modeling_lowrank_vit import LowRankViTForImageClassification
+from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
 
 
 @torch.no_grad()
@@ -25,10 +25,16 @@ def block_drifts(
     for layer, (source, block) in enumerate(blocks):
         # Nothing reads the other tokens after the last block.
         queries = num_read if layer == layers - 1 else None
-        dense_stream = [source(batch.to(dense.device), queries)[0].cpu() for batch in dense_stream]
-        small_stream = [block(batch.to(small.device), queries)[0].cpu() for batch in small_stream]
+        dense_stream, small_stream = moved(source, dense_stream, queries), moved(block, small_stream, queries)
         drifts.append(drift(dense_stream, small_stream, num_read))
     return drifts
+
+
+@torch.no_grad()
+def moved(block: LowRankViTBlock, stream: Sequence[Tensor], queries: int | None) -> list[Tensor]:
+    """The stream behind a block: batches of (images, tokens, d), tokens the leading `queries` or all."""
+    device = next(block.parameters()).device
+    return [block(batch.to(device), queries)[0].cpu() for batch in stream]
 
 
 def drift(dense_stream: Sequence[Tensor], small_stream: Sequence[Tensor], num_read: int) -> float:

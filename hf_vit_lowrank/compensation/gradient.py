@@ -23,7 +23,8 @@ from ..progress import track
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
 from ..run_folder import RunFolder
 from ..statistics import BlockStatistics, token_weight
-from .closed_form import moved, refit_block
+from .closed_form import refit_block
+from .drift import moved
 
 EPOCHS = 4
 LEARNING_RATE = 5e-4
