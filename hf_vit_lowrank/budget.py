@@ -48,6 +48,7 @@ def weight_bytes(source: str, recipe: CompressionRecipe, *, revision: str | None
 
 
 def check_reachable(dense: DenseSource, recipe: CompressionRecipe) -> None:
+    """Before the long work. Raises UserError, with the smallest size, where the recipe asks for less."""
     if recipe.preset == OURS:
         multiple = 1 if recipe.native else recipe.rank_multiple
         smallest = plan_cost(smallest_config(dense.model.config, multiple), recipe.cost, recipe.native)
