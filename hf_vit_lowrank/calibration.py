@@ -22,7 +22,7 @@ from .dense import DenseSource, load_dense
 from .errors import UserError
 from .evaluation import pick_device
 from .images import ImageStream, Share, open_images, pixel_batches
-from .memory import memory_plan
+from .memory import MemoryPlan, memory_plan
 from .out_of_memory import with_smaller_batches
 from .precision import half_precision
 from .presets.inputs import PresetInputs
@@ -38,12 +38,15 @@ AGREEMENT_SHARE = 0.2
 TRAINING_SHARE = 0.1
 TRAINED = ("gradient", "distill")
 NOWHERE = RunFolder()
+# A CPU takes a fifth less time over so many images at once than over 32, whose activations leave its caches.
+CPU_IMAGES_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
 class Calibrated:
     """What any size is made from: the dense model, what the images told about it, and the images' embeddings.
 
+    images_at_once: how many of a batch the statistics and the refits work on.
     native: whether the candidates are for a plan that transformers' own classes can hold.
     held_back, expected: embeddings of images that nothing is fitted on, the last of the stream, and the dense model's
         logits for them, if some were asked for.
@@ -57,6 +60,7 @@ class Calibrated:
     statistics: Sequence[BlockStatistics]
     calibration: dict[str, Any]
     seed: int
+    images_at_once: int
     native: bool
     seconds: dict[str, float]
     parking: RunFolder = NOWHERE
@@ -124,7 +128,9 @@ def calibrate(
         raise UserError("A memory limit needs a run folder, where the moments are parked.")
     if memory_limit is not None and processes.count() > 1:
         raise UserError("A memory limit is for one process: start it without accelerate launch.")
-    memory = memory_plan(dense.model.config, recipe.samples, recipe.batch_size, memory_limit)
+    on_cpu = dense.model.device.type == "cpu"
+    at_once = min(recipe.batch_size, CPU_IMAGES_AT_ONCE) if on_cpu else recipe.batch_size
+    memory = memory_plan(dense.model.config, recipe.samples, at_once, memory_limit)
     say(f"Memory: about {memory.peak / 1e9:.1f} GB, {memory.passes} passes over the images for the statistics")
     run.require(
         recipe=recipe.to_dict(),
@@ -147,12 +153,11 @@ def calibrate(
     with timed(seconds, "statistics"):
         statistics: Sequence[BlockStatistics]
         if memory_limit is None:
-            statistics = run.stage("statistics", lambda: _statistics(dense, fitting, recipe.seed, None))
+            statistics = run.stage("statistics", lambda: _statistics(dense, fitting, recipe.seed, None, at_once))
             parking = NOWHERE
         else:
             parking = run.part("blocks")
-            fitting = [part for batch in fitting for part in batch.split(memory.batch_size)]
-            statistics = _parked_statistics(dense, fitting, recipe.seed, memory.group, parking)
+            statistics = _parked_statistics(dense, fitting, recipe.seed, memory, parking)
     about = {
         **calibration.description,
         "images": int(processes.total(sum(map(len, fitting + held_back)))),
@@ -163,6 +168,7 @@ def calibrate(
     return Calibrated(
         *(dense, calibration, fitting, held_back, expected, statistics, about),
         seed=recipe.seed,
+        images_at_once=memory.batch_size,
         native=recipe.native,
         seconds=seconds,
         parking=parking,
@@ -170,24 +176,28 @@ def calibrate(
 
 
 def _parked_statistics(
-    dense: DenseSource, embeddings: list[Tensor], seed: int, group: int, parking: RunFolder
+    dense: DenseSource, embeddings: list[Tensor], seed: int, memory: MemoryPlan, parking: RunFolder
 ) -> Sequence[BlockStatistics]:
-    """Collected for `group` blocks at a time, and read from disk whenever they are needed."""
+    """Collected for a group of blocks at a time, and read from disk whenever they are needed."""
     layers = range(dense.model.config.num_hidden_layers)
-    for start in layers[::group]:
-        chosen = layers[start : start + group]
+    for start in layers[:: memory.group]:
+        chosen = layers[start : start + memory.group]
         if not all(parking.has(f"statistics-{layer}") for layer in chosen):
-            for layer, moments in zip(chosen, _statistics(dense, embeddings, seed, chosen), strict=True):
+            collected = _statistics(dense, embeddings, seed, chosen, memory.batch_size)
+            for layer, moments in zip(chosen, collected, strict=True):
                 parking.save(f"statistics-{layer}", moments)
     return parking.parked([f"statistics-{layer}" for layer in layers])
 
 
-def _statistics(dense: DenseSource, embeddings: list[Tensor], seed: int, layers: range | None) -> list[BlockStatistics]:
+def _statistics(
+    dense: DenseSource, embeddings: list[Tensor], seed: int, layers: range | None, images_at_once: int
+) -> list[BlockStatistics]:
     half = dense.model.device.type == "cuda" and half_precision(dense.model.device)
+    precision = torch.bfloat16 if half else torch.float32
 
     def collect(batches: list[Tensor]) -> list[BlockStatistics]:
         tracked = track(batches, "Statistics", sum(map(len, batches)), size=len)
-        return collect_statistics(dense.model, tracked, seed, torch.bfloat16 if half else torch.float32, layers)
+        return collect_statistics(dense.model, tracked, seed, precision, layers, images_at_once)
 
     return with_smaller_batches("Statistics", collect, embeddings)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .errors import RunError
 from .remote.configuration_lowrank_vit import FACTORABLE
 from .remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification, merge_heads, split_heads
-from .statistics import Moments, drawn_label_loss
+from .statistics import Moments, drawn_label_loss, label_draws
 
 
 @dataclass
@@ -124,7 +124,7 @@ def _traced_backward(
     logits = model.classify(model.vit.norm(stream))[0]
     if not torch.isfinite(logits).all():
         raise RunError("The logits are not finite: the source model overflows on these images.")
-    loss = drawn_label_loss(logits, generator)
+    loss = drawn_label_loss(logits, label_draws(len(logits), logits.shape[1], generator))
     gradients = iter(torch.autograd.grad(loss, [trace.outputs[name] for trace in traces for name in FACTORABLE]))
     return traces, ({name: next(gradients) for name in FACTORABLE} for _ in traces)
 

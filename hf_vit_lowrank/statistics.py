@@ -178,11 +178,13 @@ def collect_statistics(
     seed: int = 0,
     precision: torch.dtype = torch.float32,
     layers: range | None = None,
+    images_at_once: int | None = None,
 ) -> list[BlockStatistics]:
     """One pass forward and backward over batches of embeddings (images, tokens, d); one result per block.
 
     Each process of several gives its own batches, every process gets the sums. layers: the blocks wanted, one after the
-    other, all if None. The same batches and seed give the same results.
+    other, all if None. images_at_once: parts of a batch that are worked on at once, whole batches if None. The same
+    batches and seed give the same results, and the same labels in any parts and number of processes.
 
     The loss is the cross-entropy against a label drawn from the model's own prediction, so the gradients are those of
     the true Fisher information and no labels are needed. With `precision` bfloat16 the pass runs under autocast; the
@@ -199,12 +201,14 @@ def collect_statistics(
     for number, batch in enumerate(embeddings):
         if number == 0:
             others, whole_batch = processes.index(), max(processes.gather(len(batch)))
-        _skip_draws(generator, others * whole_batch, config.num_labels or 0)
+        label_draws(others * whole_batch, config.num_labels or 0, generator)  # those of the other processes' batches
         others = processes.count() - 1
-        for block_statistics, trace in zip(
-            statistics, _traced_backward(model, batch, generator, precision, layers), strict=True
-        ):
-            _add(block_statistics, trace, config.num_tokens_read)
+        draws = label_draws(len(batch), config.num_labels or 0, generator)
+        size = images_at_once or len(batch)
+        for part, part_draws in zip(batch.split(size), draws.split(size), strict=True):
+            traces = _traced_backward(model, part, part_draws, precision, layers)
+            for block_statistics, trace in zip(statistics, traces, strict=True):
+                _add(block_statistics, trace, config.num_tokens_read)
     if statistics[0].images == 0:
         raise RunError("No calibration image was seen: the calibration data are empty.")
     for block_statistics in statistics:
@@ -216,13 +220,6 @@ def collect_statistics(
             *(tokens, config.intermediate_size),
         )
     return statistics
-
-
-def _skip_draws(generator: torch.Generator, images: int, classes: int) -> None:
-    """Move past the labels of batches that other processes have, so that each image's label is the same in any number
-    of processes."""
-    if images:
-        torch.multinomial(torch.ones(images, classes), 1, generator=generator)
 
 
 def _add_up(statistics: BlockStatistics) -> None:
@@ -252,7 +249,7 @@ class _Trace:
 def _traced_backward(
     model: LowRankViTForImageClassification,
     embeddings: Tensor,
-    generator: torch.Generator,
+    draws: Tensor,
     precision: torch.dtype,
     layers: range,
 ) -> Iterator[_Trace]:
@@ -270,7 +267,7 @@ def _traced_backward(
             stream = trace.after_mlp
             _require_finite(stream, "activations", layer)
     logits = model.classify(model.vit.norm(stream))[0].float()
-    loss = drawn_label_loss(logits, generator)
+    loss = drawn_label_loss(logits, draws)
     watched = [t for trace in traces for t in (trace.scores, trace.after_attention, trace.after_mlp)]
     gradients = torch.autograd.grad(loss, watched)
     for index, (layer, trace) in enumerate(zip(layers, traces, strict=True)):
@@ -279,12 +276,18 @@ def _traced_backward(
         yield trace
 
 
-def drawn_label_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Cross-entropy, summed over images, against labels drawn from the prediction itself; logits (images, classes).
+def label_draws(images: int, classes: int, generator: torch.Generator) -> Tensor:
+    """Exponential variables (images, classes), which draw a label for each image in `drawn_label_loss`."""
+    return torch.empty(images, classes).exponential_(generator=generator)
 
-    The second moments of its gradients are the true Fisher information, for which no labels are needed.
+
+def drawn_label_loss(logits: Tensor, draws: Tensor) -> Tensor:
+    """Cross-entropy, summed over images, against labels drawn from the prediction itself; both (images, classes).
+
+    The second moments of its gradients are the true Fisher information, for which no labels are needed. Of exponential
+    variables divided by probabilities, each is the least with its probability.
     """
-    drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1)
+    drawn = (logits.detach().softmax(-1).cpu() / draws).argmax(-1)
     return torch.nn.functional.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
 
 

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 # Random views of every calibration image beside the image itself, for training block by block.
 VIEWS = 2
 # Images on which the drift of each block is measured, for the report.
-DRIFT_IMAGES = 128
+DRIFT_IMAGES = 64
 
 
 def compensate(
@@ -76,7 +76,8 @@ def _refit(calibrated: Calibrated, model: LowRankViTForImageClassification, run:
         model.load_state_dict(start)
         return compensate_closed_form(calibrated.dense.model, model, calibrated.statistics, batches, run)
 
-    return with_smaller_batches("Compensation", refit, calibrated.fitting)
+    parts = [part for batch in calibrated.fitting for part in batch.split(calibrated.images_at_once)]
+    return with_smaller_batches("Compensation", refit, parts)
 
 
 def _train_blocks(

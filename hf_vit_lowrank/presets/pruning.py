@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..remote.configuration_lowrank_vit import LowRankViTConfig
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification, merge_heads
-from ..statistics import drawn_label_loss
+from ..statistics import drawn_label_loss, label_draws
 from ..surgery import resized
 from .pair_form import (
     best,
@@ -120,7 +120,7 @@ def _gate_gradients(
         gates += own
         stream = gated_block(block, stream, *own)
     logits = model.classify(model.vit.norm(stream))[0]
-    loss = drawn_label_loss(logits, generator)
+    loss = drawn_label_loss(logits, label_draws(len(logits), logits.shape[1], generator))
     return torch.autograd.grad(loss, gates)
 
 
