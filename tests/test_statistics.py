@@ -58,6 +58,15 @@ def test_block_moments_equal_token_by_token_sums(model, embeddings):
     assert statistics.query.count == 6 * 5
 
 
+def test_the_parts_of_a_batch_change_nothing_not_even_the_labels_drawn(model, embeddings):
+    whole = collect_statistics(model, embeddings.split(4), seed=3)
+    parts = collect_statistics(model, embeddings.split(4), seed=3, images_at_once=3)
+    for one, other in zip(whole, parts, strict=True):
+        assert one.images == other.images
+        assert torch.allclose(one.score_gradient, other.score_gradient, rtol=1e-4)
+        assert torch.allclose(one.mlp_gradient.read.second, other.mlp_gradient.read.second, rtol=1e-4, atol=1e-7)
+
+
 def test_gradients_are_those_of_the_loss_against_the_drawn_label(model, embeddings):
     statistics = collect_statistics(model, [embeddings], seed=3)
     # The same draw, and the gradient at the last block's output by autograd on the plain model.
