@@ -139,6 +139,7 @@ def calibrate(
         versions=versions(),
         device=dense.model.device.type,
         processes=processes.count(),
+        images_at_once=memory.batch_size,
     )
     if not run.has("statistics"):
         run.require_room(memory.moments)

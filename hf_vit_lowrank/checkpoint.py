@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
-from .dense import check_weights
+from .dense import DENSE_FILES, check_weights
+from .disk import require_room
 from .errors import RunError, UserError, as_user_error, reason
 from .images import load_image_processor
 from .remote.configuration_lowrank_vit import LowRankViTConfig
@@ -26,6 +27,8 @@ CARD = "README.md"
 WEIGHTS = "model.safetensors"
 PREPROCESSOR = "preprocessor_config.json"
 CODE = ("configuration_lowrank_vit.py", "modeling_lowrank_vit.py")
+# Patterns of all files of a checkpoint.
+CHECKPOINT_FILES = (*DENSE_FILES, "*.py", "*.png")
 AUTO_MAP = {
     "AutoConfig": "configuration_lowrank_vit.LowRankViTConfig",
     "AutoModel": "modeling_lowrank_vit.LowRankViTModel",
@@ -60,13 +63,7 @@ def check_target(folder: str | Path, weight_bytes: int, *, overwrite: bool = Fal
                 f"'{folder}' holds {foreign[0]}, which is no part of a checkpoint of hf-vit-lowrank and would be lost: "
                 "choose another folder, or move it away."
             )
-    needed = weight_bytes + _OTHER_FILES_BYTES
-    free = shutil.disk_usage(next(parent for parent in target.parents if parent.is_dir())).free
-    if free < needed:
-        raise UserError(
-            f"The disk of '{folder}' has {free / 1e6:.0f} MB free, but the checkpoint needs {needed / 1e6:.0f} MB: "
-            "make room, or choose another disk."
-        )
+    require_room(Path(folder), weight_bytes + _OTHER_FILES_BYTES, "the checkpoint")
 
 
 def save_checkpoint(

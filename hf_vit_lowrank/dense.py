@@ -35,6 +35,9 @@ from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
 
 SUPPORTED = ("ViTForImageClassification", "DeiTForImageClassification", "DeiTForImageClassificationWithTeacher")
 
+# Patterns of what a dense checkpoint is read from.
+DENSE_FILES = ("*.json", "*.safetensors", "README.md")
+
 # Name of a part inside a block: in transformers 5, in transformers 4.
 _BLOCK_NAMES = {
     "attention_norm": ("layernorm_before", "layernorm_before"),
@@ -92,7 +95,7 @@ def load_dense(source: str, *, revision: str | None = None, allow_pickle: bool =
         UserError: not found, not one of `SUPPORTED`, already compressed or quantised, no safetensors weights (unless
             `allow_pickle`), weights missing or not finite.
     """
-    folder, commit = _local_folder(source, revision, allow_pickle)
+    folder, commit = local_folder(source, revision, (*DENSE_FILES, "*.bin") if allow_pickle else DENSE_FILES)
     architecture = _checked_architecture(folder, source)
     dense = _load_transformers(folder, source, architecture, allow_pickle)
     preprocessor = folder / "preprocessor_config.json"
@@ -114,7 +117,7 @@ def dense_parameters(source: str, *, revision: str | None = None) -> int:
     Raises:
         UserError: not found or not one of `SUPPORTED`.
     """
-    folder, _ = _local_folder(source, revision, allow_pickle=False, weights=False)
+    folder, _ = local_folder(source, revision, ("*.json",))
     architecture = _checked_architecture(folder, source)
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return _size(getattr(transformers, architecture), config)
@@ -314,22 +317,18 @@ def _block_back(
     return converted
 
 
-def _local_folder(
-    source: str, revision: str | None, allow_pickle: bool, weights: bool = True
-) -> tuple[Path, str | None]:
-    """The folder that holds the checkpoint and, for a hub id, the commit it is at."""
+def local_folder(source: str, revision: str | None, files: Sequence[str]) -> tuple[Path, str | None]:
+    """The folder that holds the checkpoint and, for a hub id, the commit it is at.
+
+    files: patterns of those that are downloaded. Raises UserError where there is no such folder or repository.
+    """
     path = Path(source)
     if path.is_dir():
         if revision is not None:
             raise UserError(f"'{source}' is a folder, so --revision {revision} has no meaning: leave it out.")
         return path, None
-    patterns = (
-        ["*.json", "README.md"]
-        + (["*.safetensors"] if weights else [])
-        + (["*.bin"] if weights and allow_pickle else [])
-    )
     try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
     except HFValidationError as error:
         raise UserError(f"'{source}' is neither a folder nor a hub id of the form 'owner/name'.") from error
     except RepositoryNotFoundError as error:

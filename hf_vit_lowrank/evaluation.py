@@ -21,8 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 
-from .checkpoint import find_record, intact_record
-from .dense import SUPPORTED, check_weights, checked_architecture
+from .checkpoint import CHECKPOINT_FILES, find_record, intact_record
+from .dense import SUPPORTED, check_weights, checked_architecture, local_folder
 from .errors import RunError, UserError, as_user_error
 from .images import ImageStream, PixelBatch, load_image_processor, match_labels, pixel_batches
 from .progress import track
@@ -104,24 +104,24 @@ def load_classifier(source: str, *, revision: str | None = None) -> tuple[PreTra
 
     Reads safetensors only and never runs remote code. Raises UserError for whatever else it meets.
     """
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-    with as_user_error(f"'{source}' is neither a folder with a checkpoint nor a model that the hub gives out"):
-        values, _ = PretrainedConfig.get_config_dict(source, revision=revision)
+    folder, commit = local_folder(source, revision, CHECKPOINT_FILES)
+    options: dict[str, Any] = {"revision": commit, "trust_remote_code": False}
+    with as_user_error(f"'{source}' has no config.json that can be used"):
+        values, _ = PretrainedConfig.get_config_dict(source, revision=commit)
     known = (LowRankViTForImageClassification.__name__, *SUPPORTED)
     checked_architecture(values, source, known)
     with as_user_error(f"config.json of '{source}' cannot be used"):
         config = AutoConfig.from_pretrained(source, **options)
-    if Path(source).is_dir():
-        if find_record(Path(source)) is not None:
-            intact_record(Path(source))
-        check_weights(Path(source), source, AutoModelForImageClassification.from_config, config)
+    if find_record(folder) is not None:
+        intact_record(folder)
+    check_weights(folder, source, AutoModelForImageClassification.from_config, config)
     with as_user_error(f"The weights of '{source}' could not be read; they must be whole, and safetensors"):
         model, info = AutoModelForImageClassification.from_pretrained(
             source, config=config, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **options
         )
     if info["missing_keys"]:
         raise UserError(f"'{source}' lacks weights, the first is {min(info['missing_keys'])}: get a whole copy.")
-    return model.eval(), load_image_processor(source, revision=revision)
+    return model.eval(), load_image_processor(source, revision=commit)
 
 
 def pick_device(device: str | None = None) -> torch.device:

@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoSibling
 
-from .checkpoint import CARD, RECORD, file_sha256, intact_record
+from .checkpoint import CARD, CHECKPOINT_FILES, RECORD, file_sha256, intact_record
 from .errors import RunError, UserError
 from .model_card import pin, pinned_revision
 
@@ -41,7 +41,6 @@ _LONGEST_WAIT = 300
 _AGAIN = "the same command again sends what is missing"
 # The base of all errors of the HTTP client that this release of huggingface_hub uses (requests, httpx, …).
 _CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
-_TOKEN = re.compile(r"\bhf_(?:oauth_|jwt_)?[A-Za-z0-9]{20,}")
 
 
 @dataclass(frozen=True)
@@ -103,9 +102,8 @@ def push_folder(
 
 def download_checkpoint(repo_id: str, *, revision: str | None = None) -> Path:
     """The folder of the hub's cache with the files of a checkpoint. Raises as `push_folder` does."""
-    patterns = ["*.json", "*.safetensors", "*.py", "*.png", CARD]
     with _one_sentence(repo_id, None):
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(CHECKPOINT_FILES)))
 
 
 class _Push:
@@ -296,7 +294,7 @@ def _one_sentence(repo_id: str, token: str | None) -> Iterator[None]:
         for secret in (token, get_token()):
             sentence = sentence.replace(secret.strip(), "(token)") if secret else sentence
         # No chain: a traceback, too, would show what the hub sent back.
-        raise kind(_TOKEN.sub("(token)", sentence)) from None
+        raise kind(sentence) from None
 
 
 def _verdict(error: BaseException, repo_id: str) -> tuple[type[UserError | RunError], str]:

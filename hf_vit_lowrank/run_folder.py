@@ -16,6 +16,7 @@ from .candidates.block import BlockCandidates
 from .candidates.elimination import Elimination
 from .candidates.query_key import QueryKeyCandidate, QueryKeyLayer
 from .candidates.value_output import ValueOutputCandidate
+from .disk import require_room
 from .errors import RunError, UserError, reason
 from .statistics import BlockStatistics, Moments, TokenGroups
 
@@ -56,14 +57,8 @@ class RunFolder:
 
     def require_room(self, needed: int) -> None:
         """Raises UserError where the disk has less than `needed` bytes left."""
-        if self.folder is None:
-            return
-        free = shutil.disk_usage(next(parent for parent in self.folder.resolve().parents if parent.is_dir())).free
-        if free < needed:
-            raise UserError(
-                f"The disk of '{self.folder}' has {free / 1e6:.0f} MB free, but a run keeps {needed / 1e6:.0f} MB "
-                "there until it is done: make room, or choose an output on another disk."
-            )
+        if self.folder is not None:
+            require_room(self.folder, needed, "the run, until it is done,")
 
     def part(self, name: str) -> RunFolder:
         """For the stages of one of several results that a run makes."""

@@ -422,7 +422,7 @@ def test_fault_17_what_a_run_keeps_is_counted_before_the_start(pictures, tmp_pat
     wide = make_source(tmp_path / "wide", hidden_size=16, intermediate_size=1000)
     disk = small_disk("size=12m")
     said = failed(call(*compression(wide, pictures, disk / "out")), 2)
-    assert "MB free, but a run keeps" in said
+    assert "MB free, but the run, until it is done, needs" in said
     assert not list(disk.iterdir())
 
 

@@ -26,6 +26,7 @@ from hf_vit_lowrank.checkpoint import load_checkpoint
 from hf_vit_lowrank.cli import app
 from hf_vit_lowrank.compress import CompressionResult
 from hf_vit_lowrank.errors import RunError, UserError
+from hf_vit_lowrank.evaluation import load_classifier
 from hf_vit_lowrank.hub import PushReport, push_folder
 from hf_vit_lowrank.images import load_image_processor
 from hf_vit_lowrank.model_card import model_card, pinned_revision
@@ -464,6 +465,24 @@ def test_verify_of_a_repository(hub: Hub, folder: Path):
     code, _, err = call("verify", "org/nothing")
     assert code == 2
     assert "'org/nothing' is no folder here; and as a repository: 'org/nothing' is not on the hub" in err
+
+
+def test_a_repository_is_checked_as_a_folder_is_before_it_is_evaluated(hub: Hub, folder: Path):
+    commit = push_folder(folder, REPOSITORY).commit
+    ours, _, _ = load_checkpoint(folder)
+    loaded, _ = load_classifier(REPOSITORY, revision=commit)
+    pixels = torch.rand(1, 3, 16, 16)
+    assert torch.equal(loaded(pixels).logits, ours(pixels).logits)
+    repository = hub.repositories[REPOSITORY]
+    whole = repository.head()
+    repository.add("main", {**whole, "modeling_lowrank_vit.py": b"import os\n"})
+    with pytest.raises(UserError, match=r"modeling_lowrank_vit\.py of .* is not as it was saved"):
+        load_classifier(REPOSITORY)
+    huge = {name: data for name, data in whole.items() if name != "compression.json"}
+    huge["config.json"] = whole["config.json"].replace(b'"hidden_size": 16', b'"hidden_size": 1600')
+    repository.add("main", huge)
+    with pytest.raises(UserError, match=f"'{REPOSITORY}' lacks weights"):
+        load_classifier(REPOSITORY)
 
 
 def test_the_client_validates_our_cards(hub: Hub, saved: Path):

@@ -11,13 +11,15 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from markdown_it import MarkdownIt
+from test_checkpoint import EVALUATION, RECORD
 
 from hf_vit_lowrank import CompressionRecipe, compress
 from hf_vit_lowrank.allocation import ErrorCurve, hull_corners
 from hf_vit_lowrank.cli import app
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.images import open_images
-from hf_vit_lowrank.model_card import evaluation_record
+from hf_vit_lowrank.model_card import evaluation_record, model_card
 from hf_vit_lowrank.report import measure, read_checkpoint, report_page
 from tests.test_cli import call
 
@@ -282,3 +284,22 @@ def test_light_and_dark_are_two_pictures(page, tmp_path):
         brightness.append(ImageStat.Stat(Image.open(picture).convert("L")).median[0])
     assert brightness[0] > 220
     assert brightness[1] < 60
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium")
+def test_the_card_runs_nothing_where_its_markdown_is_shown_with_html(tmp_path):
+    record = {
+        **RECORD,
+        "source": {**RECORD["source"], "location": EVIL, "revision": EVIL},
+        "calibration": {"location": EVIL, "split": EVIL},
+        "evaluation": {**EVALUATION, "data": {"location": EVIL}},
+        "versions": {EVIL: EVIL},
+    }
+    body = model_card(record).split("\n---\n", 1)[1]
+    own = "<p id='ran'></p><script>document.getElementById('ran').textContent = document.scripts.length</script>"
+    shown = MarkdownIt("commonmark", {"html": True}).enable("table").render(body)
+    (tmp_path / "card.html").write_text(f"<!DOCTYPE html><meta charset='utf-8'>{shown}{own}", encoding="utf-8")
+    dom = browse("--dump-dom", (tmp_path / "card.html").as_uri())
+    assert re.search(r'<p id="ran">(\d+)</p>', dom).group(1) == "1"  # that script alone
+    assert "alert(1)" in dom
