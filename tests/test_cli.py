@@ -211,7 +211,7 @@ def test_missing_calibration_is_one_sentence(digits_model, tmp_path):
     assert "nothing.parquet" in sentence(run("compress", digits_model, *options))
 
 
-def test_a_killed_run_goes_on_and_is_not_mixed_with_another(digits_model, digits_data, tmp_path):
+def test_fault_15_a_killed_run_goes_on_and_is_not_mixed_with_another(digits_model, digits_data, tmp_path):
     output, run_folder = tmp_path / "out", tmp_path / ".out.run"
     command = ["compress", digits_model, "--calibration", digits_data.calibration, "--samples", 256, "--output", output]
     process = subprocess.Popen([sys.executable, "-m", "hf_vit_lowrank", *map(str, command), "--reduction", "0.5"])

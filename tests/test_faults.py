@@ -1,7 +1,8 @@
 """The faults and bad inputs that users of compressors meet, one test each, by the number of the fault.
 
 Each fault is a real one (a cut file, a full disk, a killed process), and commands run as a user runs them. An error is
-one sentence that says what is wrong and where; it leaves earlier results as they were.
+one sentence that says what is wrong and where; it leaves earlier results as they were. 7 is tested in
+test_run_folder.py, 15 in test_cli.py, 21 and 22 in test_hub.py.
 """
 
 from __future__ import annotations

@@ -206,7 +206,7 @@ def test_pull_request(interrupted, hub: Hub, folder: Path, monkeypatch: pytest.M
     [("PUT", "/objects/"), ("POST", COMMITS), ("POST", "/preupload/")],
 )
 @pytest.mark.parametrize("how", ["cut", 500])
-def test_the_same_command_finishes_an_interrupted_push(method, path, how, hub: Hub, folder: Path):
+def test_fault_21_the_same_command_finishes_an_interrupted_push(method, path, how, hub: Hub, folder: Path):
     hub.fail(method, path, how, times=99)
     before = content(folder)
     with pytest.raises(RunError, match="the same command again"):
@@ -267,7 +267,7 @@ def test_commit_of_somebody_else_in_between(hub: Hub, folder: Path):
     assert len(hub.sent("POST", COMMITS)) == 3  # refused, again, card
 
 
-def test_two_pushes_at_once(hub: Hub, folder: Path):
+def test_fault_21_two_pushes_at_once(hub: Hub, folder: Path):
     with ThreadPoolExecutor(2) as pool:
         reports = list(pool.map(lambda _: push_folder(folder, REPOSITORY), range(2)))
     assert same_but_card(hub, folder)
@@ -336,7 +336,7 @@ CASES: dict[str, tuple[dict[str, Any], int, str]] = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_error_is_one_sentence(case, hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog):
+def test_fault_22_each_error_is_one_sentence(case, hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog):
     about, code, sentence = CASES[case]
     monkeypatch.setenv("HF_TOKEN", about.get("token", WRITE) or "")
     if about.get("make"):
@@ -356,7 +356,7 @@ def test_each_error_is_one_sentence(case, hub: Hub, folder: Path, monkeypatch: p
         assert about.get("token", WRITE) not in out + err + caplog.text
 
 
-def test_hub_that_is_down(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch):
+def test_fault_22_hub_that_is_down(folder: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     code, _, err = call("push", folder, REPOSITORY)
     assert code == 1

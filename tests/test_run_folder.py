@@ -81,7 +81,7 @@ def test_statistics_are_not_collected_twice(digits_model, digits_data, tmp_path,
     assert all(torch.equal(tensor, state[name]) for name, tensor in first.model.state_dict().items())
 
 
-def test_another_run_in_the_same_folder_is_refused_by_name(digits_model, digits_data, tmp_path):
+def test_fault_07_another_run_in_the_same_folder_is_refused_by_name(digits_model, digits_data, tmp_path):
     recipe = CompressionRecipe(reduction=0.5, samples=16)
     compress(str(digits_model), str(digits_data.calibration), recipe, device="cpu", run_folder=tmp_path / "run")
     for other, difference in (
