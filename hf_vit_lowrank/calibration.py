@@ -196,11 +196,11 @@ def _statistics(
     half = dense.model.device.type == "cuda" and half_precision(dense.model.device)
     precision = torch.bfloat16 if half else torch.float32
 
-    def collect(batches: list[Tensor]) -> list[BlockStatistics]:
-        tracked = track(batches, "Statistics", sum(map(len, batches)), size=len)
-        return collect_statistics(dense.model, tracked, seed, precision, layers, images_at_once)
+    def collect(size: int) -> list[BlockStatistics]:
+        tracked = track(embeddings, "Statistics", sum(map(len, embeddings)), size=len)
+        return collect_statistics(dense.model, tracked, seed, precision, layers, size)
 
-    return with_smaller_batches("Statistics", collect, embeddings)
+    return with_smaller_batches("Statistics", collect, images_at_once)
 
 
 @torch.no_grad()
