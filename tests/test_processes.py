@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -16,20 +19,34 @@ from safetensors.torch import load_file
 from hf_vit_lowrank.images import Share, open_images
 
 COMMAND = ("compress", "{source}", "--calibration", "{images}", "--samples", "150", "--reduction", "0.6", "--quiet")
+# One thread each. Open MPI refuses to be started by root, as containers do, unless it is told twice.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+# Also without a GPU: of `--cpu` accelerate makes one process, unless there is an MPI to start more.
+MULTI_GPU = ("--multi_gpu", "--main_process_port", "0")
+DEBUG_LAUNCHER = """
+import sys
+from accelerate import debug_launcher
+from hf_vit_lowrank import CompressionRecipe, compress
+
+def work(source, images, output):
+    compress(source, images, CompressionRecipe(reduction=0.6, samples=150)).save_pretrained(output)
+
+debug_launcher(work, tuple(sys.argv[1:]), num_processes=2)
+"""
 
 
-def launch(source, images, output, *options: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    # Also without a GPU: of `--cpu` accelerate makes one process, unless there is an MPI to start more.
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    launcher += ["--num_machines", "1", "--main_process_port", "0"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+def launch(source, images, output, *options: object, launcher: Sequence[str] = MULTI_GPU) -> None:
+    start = ["-m", "accelerate.commands.launch", *launcher, "--num_processes", "2", "--num_machines", "1"]
+    start += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
     arguments = [part.format(source=source, images=images) for part in COMMAND] + ["--output", str(output)]
-    command = [sys.executable, *launcher, "-m", "hf_vit_lowrank", *arguments, *map(str, options)]
+    run([*start, "-m", "hf_vit_lowrank", *arguments, *map(str, options)])
+
+
+def run(arguments: list[str]) -> None:
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=500, env={**os.environ, **ENVIRONMENT}
     )
     assert done.returncode == 0, done.stderr
-    return done
 
 
 def outcome(folder):
@@ -49,11 +66,7 @@ def alone(digits_model, digits_data, tmp_path_factory):
     """Made by one process."""
     output = tmp_path_factory.mktemp("alone") / "out"
     arguments = [part.format(source=digits_model, images=digits_data.calibration) for part in COMMAND]
-    subprocess.run(
-        [sys.executable, "-m", "hf_vit_lowrank", *arguments, "--output", output],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    run(["-m", "hf_vit_lowrank", *arguments, "--output", str(output)])
     return outcome(output)
 
 
@@ -64,6 +77,29 @@ def test_two_processes_make_what_one_makes(alone, digits_model, digits_data, tmp
     assert record["calibration"]["processes"] == 2
     assert_the_same((record, weights), alone)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+def test_two_processes_without_a_gpu_by_mpi(alone, digits_model, digits_data, tmp_path):
+    if shutil.which("mpirun") is None:
+        pytest.skip("no mpirun, without which accelerate launch --cpu starts one process")
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ("--cpu", "--mpirun_hostfile", str(tmp_path / "hosts"), "--main_process_port", str(port))
+    launch(digits_model, digits_data.calibration, tmp_path / "out", launcher=launcher)
+    record, weights = outcome(tmp_path / "out")
+    assert record["calibration"]["processes"] == 2
+    assert_the_same((record, weights), alone)
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_python_program(alone, digits_model, digits_data, tmp_path):
+    run(["-c", DEBUG_LAUNCHER, str(digits_model), str(digits_data.calibration), str(tmp_path / "out")])
+    record, weights = outcome(tmp_path / "out")
+    assert record["calibration"]["processes"] == 2
+    assert_the_same((record, weights), alone)
 
 
 @pytest.mark.slow
