@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -66,12 +67,13 @@ class Calibrated:
         """Error curves and what they come from, one per block; on disk where memory is limited."""
         layers = range(self.dense.model.config.num_hidden_layers)
         with timed(self.seconds, "candidates"):
-            own = processes.share(layers)
-            blocks = track(own, "Error curves", len(own), "blocks")
             if self.parking is NOWHERE:
+                own = processes.share(layers)
+                blocks = track(own, "Error curves", len(own), "blocks")
                 shares = processes.gather([self._candidates(layer) for layer in blocks])
                 return [shares[layer % len(shares)][layer // len(shares)] for layer in layers]
-            for layer in blocks:
+            # Every process reads what is parked at the same time, so every process makes all of it.
+            for layer in track(layers, "Error curves", len(layers), "blocks"):
                 self.parking.stage(f"candidates-{layer}", partial(self._candidates, layer))
             return self.parking.parked([f"candidates-{layer}" for layer in layers])
 
@@ -81,8 +83,10 @@ class Calibrated:
 
     @cached_property
     def presets(self) -> PresetInputs:
-        """What the other methods are built from."""
-        return PresetInputs(self.dense.model, self.fitting, self.statistics, self.seed)
+        """What the other methods are built from; every process gets the images of all, in the order of one process."""
+        rounds = zip_longest(*processes.gather(self.fitting))
+        fitting = [batch for batches in rounds for batch in batches if batch is not None]
+        return PresetInputs(self.dense.model, fitting, self.statistics, self.seed)
 
     @cached_property
     def views(self) -> RandomViews:
@@ -122,8 +126,6 @@ def calibrate(
             check_reachable(dense, recipe)  # before the long work
     if memory_limit is not None and run.folder is None:
         raise UserError("A memory limit needs a run folder, where the moments are parked.")
-    if memory_limit is not None and processes.count() > 1:
-        raise UserError("A memory limit is for one process: start it without accelerate launch.")
     memory = memory_plan(dense.model.config, recipe.samples, recipe.batch_size, memory_limit)
     say(f"Memory: about {memory.peak / 1e9:.1f} GB, {memory.passes} passes over the images for the statistics")
     run.require(
@@ -139,8 +141,8 @@ def calibrate(
     with timed(seconds, "images"):
         own = calibration
         if processes.count() > 1:
-            own = calibration.shared(Share(processes.index(), processes.count(), recipe.batch_size))
-        fitting, held_back = _split(_embed(dense, own, recipe.batch_size), hold_back, recipe.batch_size)
+            own = calibration.shared(Share(processes.index(), processes.count(), memory.batch_size))
+        fitting, held_back = _split(_embed(dense, own, memory.batch_size), hold_back, memory.batch_size)
         expected = _logits(dense.model, held_back)
     image_sha256 = _joint_sha256(own)
     run.require(image_sha256=image_sha256)
@@ -151,7 +153,6 @@ def calibrate(
             parking = NOWHERE
         else:
             parking = run.part("blocks")
-            fitting = [part for batch in fitting for part in batch.split(memory.batch_size)]
             statistics = _parked_statistics(dense, fitting, recipe.seed, memory.group, parking)
     about = {
         **calibration.description,

@@ -16,9 +16,13 @@ import torch
 from datasets import Dataset, load_dataset
 from safetensors.torch import load_file
 
+from hf_vit_lowrank import CompressionRecipe
+from hf_vit_lowrank.dense import load_dense
 from hf_vit_lowrank.images import Share, open_images
+from hf_vit_lowrank.memory import memory_plan
 
 COMMAND = ("compress", "{source}", "--calibration", "{images}", "--samples", "150", "--reduction", "0.6", "--quiet")
+LIMIT = "1012000000"  # bytes
 # One thread each. Open MPI refuses to be started by root, as containers do, unless it is told twice.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 # Also without a GPU: of `--cpu` accelerate makes one process, unless there is an MPI to start more.
@@ -155,6 +159,18 @@ def test_every_image_of_a_stream_is_read_once(shards, samples, digits_data, monk
 
 
 @pytest.mark.slow
-def test_presets_are_refused_by_name(digits_model, digits_data, tmp_path):
-    with pytest.raises(AssertionError, match="'svd-llm' runs in one process"):
-        launch(digits_model, digits_data.calibration, tmp_path / "out", "--preset", "svd-llm")
+@pytest.mark.parametrize(
+    "options",
+    [("--preset", "svd-llm"), ("--preset", "modegpt"), ("--memory-limit", LIMIT)],
+    ids=["svd-llm", "modegpt", "memory-limit"],
+)
+def test_two_processes_make_what_one_makes_with(options, digits_model, digits_data, tmp_path):
+    arguments = [part.format(source=digits_model, images=digits_data.calibration) for part in COMMAND]
+    run(["-m", "hf_vit_lowrank", *arguments, *options, "--output", str(tmp_path / "alone")])
+    launch(digits_model, digits_data.calibration, tmp_path / "out", *options)
+    assert_the_same(outcome(tmp_path / "out"), outcome(tmp_path / "alone"))
+
+
+def test_that_limit_is_one(digits_model):
+    config, batch_size = load_dense(str(digits_model)).model.config, CompressionRecipe().batch_size
+    assert memory_plan(config, 150, batch_size, int(LIMIT)).batch_size < batch_size
