@@ -43,7 +43,9 @@ def test_the_notebook_runs(digits_model, digits_data, tmp_path, monkeypatch):
     assert float(re.search(r"top-1: ([\d.]+) %", text)[1]) > 80
     assert any("&lt;h2&gt;Ranks&lt;/h2&gt;" in output.get("data", {}).get("text/html", "") for output in outputs)
     pushed = hub.repositories["org/digits-lowrank60"].head()
-    assert all(pushed[file.name] == file.read_bytes() for file in (tmp_path / "small").iterdir() if file.suffix != ".md")
+    assert all(
+        pushed[file.name] == file.read_bytes() for file in (tmp_path / "small").iterdir() if file.suffix != ".md"
+    )
     assert {"model.safetensors", "README.md"} <= pushed.keys()
 
 
