@@ -31,7 +31,7 @@ _GRAM_BLOCK = 512
 class Moments:
     """Sums over tokens: count, sum of x (..., n) and of x xᵀ (..., n, n), in float64, added batch by batch.
 
-    units: of x (..., n), which the first batch decides; with them the sums have the same bits in any order.
+    units: of x (..., n), while batches are added: the first one decides, and the sums have the same bits in any order.
     """
 
     count: float
@@ -52,7 +52,8 @@ class Moments:
         _add_gram(self.second, values, self.units)
 
     def add_up(self) -> None:
-        """Make these the sums over all processes."""
+        """Make these the sums over all processes; nothing is added after this."""
+        self.units = None
         self.count = processes.total(self.count)
         processes.add_up(self.first, self.second)
 
