@@ -11,17 +11,20 @@ from torch import Tensor
 
 from . import processes
 
-# Binary digits by which the unit of a value is below its size. Products of two values are then rounded to 2⁻³⁰ of
-# their sizes, against the 2⁻²⁴ of float32; float64 has 23 digits left for the sum over batches.
-_DIGITS = 15
+# Binary digits by which the unit of a value is below its size. Products of two values are then rounded to 2⁻²⁶ of
+# their sizes, against the 2⁻²⁴ of float32; float64 has 27 digits left for sums over batches that are larger.
+_DIGITS = 13
 # Values smaller than the largest by so many digits, or smaller than 2⁻³⁵, have its unit: no product may leave float32.
 _RANGE, _SMALLEST = 32, -35
 
 
-def units_of(values: Tensor) -> Tensor:
-    """Powers of two (..., n) to measure values (..., tokens, n) in, by their size over this batch: the root of their
-    sum of squares. The main process's, so that all processes have the same."""
-    exponents = values.square().sum(-2).sqrt().cpu().double().log2().floor()
+def units_of(values: Tensor, tokens: int) -> Tensor:
+    """Powers of two (..., n) to measure values in, by their size over so many tokens: the root of the sum of squares.
+
+    values: (..., tokens, n) of a first batch, also those that are not to be summed, lest a value that happens to be
+    small be taken for one that always is. The main process's decide, so that all processes have the same units.
+    """
+    exponents = (tokens * values.square().mean(-2)).sqrt().cpu().double().log2().floor()
     least = max(float(exponents.max()) - _RANGE, _SMALLEST)
     return processes.from_main(torch.exp2(exponents.clamp_min(least) - _DIGITS).float()).to(values.device)
 

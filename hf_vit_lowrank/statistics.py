@@ -46,7 +46,7 @@ class Moments:
     def add(self, values: Tensor) -> None:
         """values: (..., tokens, n), one leading shape as in `zeros`."""
         if self.units is None:
-            self.units = units_of(values)
+            self.units = units_of(values, values.shape[-2])
         self.count += values.shape[-2]
         self.first += rounded_sum(values, self.units)
         _add_gram(self.second, values, self.units)
@@ -110,8 +110,11 @@ class TokenGroups:
 
     def add(self, values: Tensor, num_read: int) -> None:
         """values: (images, ..., tokens, n); the first `num_read` tokens are those that the classifier reads."""
-        self.read.add(_images_inside(values[..., :num_read, :]))
-        self.other.add(_images_inside(values[..., num_read:, :]))
+        for moments, tokens in ((self.read, slice(num_read)), (self.other, slice(num_read, None))):
+            own = _images_inside(values[..., tokens, :])
+            if moments.units is None:
+                moments.units = units_of(_images_inside(values), own.shape[-2])
+            moments.add(own)
 
     def add_up(self) -> None:
         """Make these the sums over all processes."""

@@ -149,3 +149,17 @@ def test_a_model_without_gradients_in_the_first_batch_keeps_its_later_ones():
     moments.add(torch.zeros(3, 2))
     moments.add(torch.tensor([[1e-9, 3.0]]))
     assert torch.allclose(moments.second, torch.tensor([[1e-18, 3e-9], [3e-9, 9.0]]).double(), rtol=1e-6, atol=0)
+
+
+def test_a_first_image_with_small_values_does_not_undo_that():
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.randn(1, 5, 200, generator=generator) for _ in range(60)]
+    images[0][:, 0] *= 1e-5  # the token read
+    sums = []
+    for order in (images, [images[0], *images[:0:-1]]):
+        groups = TokenGroups.zeros(200)
+        for image in order:
+            groups.add(image, num_read=1)
+        sums.append(groups)
+    assert torch.equal(sums[0].read.second, sums[1].read.second)
+    assert torch.equal(sums[0].other.second, sums[1].other.second)

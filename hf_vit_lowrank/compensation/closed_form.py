@@ -165,8 +165,12 @@ class _Regression:
     def add(self, inputs: Tensor, targets: Tensor, num_read: int) -> None:
         """(images, tokens, n + watched) and (images, tokens, m)."""
         self.groups.add(inputs, num_read)
-        for group, tokens in ((self.read, slice(0, num_read)), (self.other, slice(num_read, None))):
-            group.add(inputs[:, tokens, : self.size].flatten(0, 1), targets[:, tokens].flatten(0, 1))
+        for group, tokens in ((self.read, slice(num_read)), (self.other, slice(num_read, None))):
+            x, y = inputs[:, tokens, : self.size].flatten(0, 1), targets[:, tokens].flatten(0, 1)
+            if group.units is None:
+                everything = inputs[..., : self.size].flatten(0, 1), targets.flatten(0, 1)
+                group.units = units_of(everything[0], len(x)), units_of(everything[1], len(x))
+            group.add(x, y)
 
     def add_up(self) -> None:
         """Make these the sums over the batches of all processes."""
@@ -198,11 +202,10 @@ class _CrossMoments:
     def __init__(self, inputs: int, targets: int):
         self.target = torch.zeros(targets, dtype=torch.float64)
         self.cross = torch.zeros(inputs, targets, dtype=torch.float64)
-        self.units: tuple[Tensor, Tensor] | None = None
+        self.units: tuple[Tensor, Tensor] | None = None  # of x and y, which the first batch decides
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """(tokens, n) and (tokens, m)."""
-        if self.units is None:
-            self.units = units_of(x), units_of(y)
+        assert self.units is not None
         self.target += rounded_sum(y, self.units[1])
         self.cross += rounded_products(x, y, *self.units)
