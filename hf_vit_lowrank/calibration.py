@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -70,12 +71,13 @@ class Calibrated:
         """Error curves and what they come from, one per block; on disk where memory is limited."""
         layers = range(self.dense.model.config.num_hidden_layers)
         with timed(self.seconds, "candidates"):
-            own = processes.share(layers)
-            blocks = track(own, "Error curves", len(own), "blocks")
             if self.parking is NOWHERE:
+                own = processes.share(layers)
+                blocks = track(own, "Error curves", len(own), "blocks")
                 shares = processes.gather([self._candidates(layer) for layer in blocks])
                 return [shares[layer % len(shares)][layer // len(shares)] for layer in layers]
-            for layer in blocks:
+            # Every process reads what is parked at the same time, so every process makes all of it.
+            for layer in track(layers, "Error curves", len(layers), "blocks"):
                 self.parking.stage(f"candidates-{layer}", partial(self._candidates, layer))
             return self.parking.parked([f"candidates-{layer}" for layer in layers])
 
@@ -85,8 +87,10 @@ class Calibrated:
 
     @cached_property
     def presets(self) -> PresetInputs:
-        """What the other methods are built from."""
-        return PresetInputs(self.dense.model, self.fitting, self.statistics, self.seed)
+        """What the other methods are built from; every process gets the images of all, in the order of one process."""
+        rounds = zip_longest(*processes.gather(self.fitting))
+        fitting = [batch for batches in rounds for batch in batches if batch is not None]
+        return PresetInputs(self.dense.model, fitting, self.statistics, self.seed)
 
     @cached_property
     def views(self) -> RandomViews:
@@ -126,8 +130,6 @@ def calibrate(
             check_reachable(dense, recipe)  # before the long work
     if memory_limit is not None and run.folder is None:
         raise UserError("A memory limit needs a run folder, where the moments are parked.")
-    if memory_limit is not None and processes.count() > 1:
-        raise UserError("A memory limit is for one process: start it without accelerate launch.")
     on_cpu = dense.model.device.type == "cpu"
     at_once = min(recipe.batch_size, CPU_IMAGES_AT_ONCE) if on_cpu else recipe.batch_size
     memory = memory_plan(dense.model.config, recipe.samples, at_once, memory_limit)
@@ -196,11 +198,11 @@ def _statistics(
     half = dense.model.device.type == "cuda" and half_precision(dense.model.device)
     precision = torch.bfloat16 if half else torch.float32
 
-    def collect(batches: list[Tensor]) -> list[BlockStatistics]:
-        tracked = track(batches, "Statistics", sum(map(len, batches)), size=len)
-        return collect_statistics(dense.model, tracked, seed, precision, layers, images_at_once)
+    def collect(size: int) -> list[BlockStatistics]:
+        tracked = track(embeddings, "Statistics", sum(map(len, embeddings)), size=len)
+        return collect_statistics(dense.model, tracked, seed, precision, layers, size)
 
-    return with_smaller_batches("Statistics", collect, embeddings)
+    return with_smaller_batches("Statistics", collect, images_at_once)
 
 
 @torch.no_grad()

@@ -193,9 +193,9 @@ def _smaller(
         model = shrink(calibrated.dense.model, calibrated.candidates, calibrated.statistics, ranks)
         size = planned_size(calibrated.dense, calibrated.candidates, recipe, ranks)
     else:
-        if processes.count() > 1:
-            raise UserError(f"Preset '{recipe.preset}' runs in one process: start it without accelerate launch.")
+        # Every process makes the whole: what a preset needs of the images is not always a sum over them.
         model = PRESETS[recipe.preset](calibrated.presets, recipe_limit(calibrated.dense, recipe))
+        processes.same_parameters(model)
         size = built_size(model)
     return model.config.to_dict(), model.state_dict(), size
 

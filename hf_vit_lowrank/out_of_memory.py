@@ -1,14 +1,12 @@
-"""Work on batches that goes on with smaller ones where memory does not suffice."""
+"""Work on images that goes on with fewer at once where memory does not suffice."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
-import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-from torch import Tensor
 
 from . import processes
 from .errors import RunError
@@ -17,22 +15,20 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-def with_smaller_batches(stage: str, work: Callable[[list[Tensor]], Result], batches: Sequence[Tensor]) -> Result:
-    """`work` on batches (images, …); out of memory, the whole of it again on batches of half the size.
+def with_smaller_batches(stage: str, work: Callable[[int], Result], size: int) -> Result:
+    """`work` on `size` images at once; out of memory, the whole of it again on half as many.
 
     stage: its name in messages. work: starts over each time it is called.
 
     Raises:
         RunError: not even single images fit, or several processes run.
     """
-    parts = list(batches)
     while True:
         try:
-            return work(parts)
+            return work(size)
         except (RuntimeError, MemoryError) as error:
             if not (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
                 raise
-            size = max(map(len, parts))
             if size == 1:
                 raise RunError(
                     f"{stage}: not even one image at a time fits into the memory of the device: use a larger one, or "
@@ -46,4 +42,4 @@ def with_smaller_batches(stage: str, work: Callable[[list[Tensor]], Result], bat
         half = -(-size // 2)
         logger.warning("%s ran out of memory with %d images at once: once more with %d", stage, size, half)
         clear_device_cache(garbage_collection=True)
-        parts = list(torch.cat(parts).split(half))
+        size = half

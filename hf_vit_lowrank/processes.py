@@ -15,14 +15,18 @@ from torch import Tensor, distributed, nn
 
 Item = TypeVar("Item")
 
+# Of torchrun, and of the MPIs that `accelerate launch --cpu` may start.
+_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
 
 def join() -> None:
     """Meet the other processes, if `accelerate launch` (or torchrun) started any."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if any(int(os.environ.get(name, "1")) > 1 for name in _SIZES):
         from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
 
         # Without being told so, accelerate makes one process of many where there is no accelerator.
-        PartialState(cpu=not torch.accelerator.is_available())
+        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
 
 
 def count() -> int:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import processes
 from .errors import RunError
+from .exact_sums import rounded_products, rounded_sum, units_of
 from .linalg import FLOAT32_ROUNDING, eigh
 from .remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification, merge_heads, split_heads
 
@@ -28,11 +29,15 @@ _GRAM_BLOCK = 512
 
 @dataclass
 class Moments:
-    """Sums over tokens: count, sum of x (..., n) and of x xᵀ (..., n, n), in float64, added batch by batch."""
+    """Sums over tokens: count, sum of x (..., n) and of x xᵀ (..., n, n), in float64, added batch by batch.
+
+    units: of x (..., n), while batches are added: the first one decides, and the sums have the same bits in any order.
+    """
 
     count: float
     first: Tensor
     second: Tensor
+    units: Tensor | None = None
 
     @classmethod
     def zeros(cls, *shape: int) -> Moments:
@@ -40,9 +45,17 @@ class Moments:
 
     def add(self, values: Tensor) -> None:
         """values: (..., tokens, n), one leading shape as in `zeros`."""
+        if self.units is None:
+            self.units = units_of(values)
         self.count += values.shape[-2]
-        self.first += values.sum(-2).cpu().double()
-        _add_gram(self.second, values)
+        self.first += rounded_sum(values, self.units)
+        _add_gram(self.second, values, self.units)
+
+    def add_up(self) -> None:
+        """Make these the sums over all processes; nothing is added after this."""
+        self.units = None
+        self.count = processes.total(self.count)
+        processes.add_up(self.first, self.second)
 
     def plus(self, other: Moments, weight: float) -> Moments:
         """self + weight · other."""
@@ -73,12 +86,12 @@ class Moments:
         return int((values > FLOAT32_ROUNDING * self.second.trace()).sum())
 
 
-def _add_gram(second: Tensor, values: Tensor) -> None:
-    """second += valuesᵀ values; of a large product only the blocks on and above the diagonal are computed."""
+def _add_gram(second: Tensor, values: Tensor, units: Tensor) -> None:
+    """second += valuesᵀ values, rounded; of a large product only the blocks on and above the diagonal are computed."""
     size = values.shape[-1]
     for start in range(0, size, _GRAM_BLOCK):
         rows, columns = slice(start, start + _GRAM_BLOCK), slice(start, size)
-        product = (values[..., rows].transpose(-1, -2) @ values[..., columns]).cpu()
+        product = rounded_products(values[..., rows], values[..., columns], units[..., rows], units[..., columns])
         second[..., rows, columns] += product
         below = slice(start + _GRAM_BLOCK, size)
         second[..., below, rows] += product[..., _GRAM_BLOCK:].transpose(-1, -2)
@@ -102,9 +115,8 @@ class TokenGroups:
 
     def add_up(self) -> None:
         """Make these the sums over all processes."""
-        for moments in (self.read, self.other):
-            moments.count = processes.total(moments.count)
-            processes.add_up(moments.first, moments.second)
+        self.read.add_up()
+        self.other.add_up()
 
     def weighted(self, token_weight: float) -> Moments:
         """One set of moments in which a read token counts 1 and any other `token_weight`."""
@@ -126,14 +138,14 @@ class BlockStatistics:
     """The moments of one block; e is the head size, d the hidden size, w the MLP width, sums run over all images.
 
     images: their number. query, context, mlp: token groups of the queries (heads, e), of the concatenated contexts
-    (heads · e), and of the MLP's hidden units and its input side by side (w + d). key: second moments of the keys
-    centred within each image (heads, e, e). score_gradient: sum of (∂loss/∂s_ij)² per head. attention_gradient,
+    (heads · e), and of the MLP's hidden units and its input side by side (w + d). key: moments of the keys centred
+    within each image (heads, e). score_gradient: sum of (∂loss/∂s_ij)² per head. attention_gradient,
     mlp_gradient: token groups of the loss gradient at the block's two outputs (d).
     """
 
     images: int
     query: TokenGroups
-    key: Tensor
+    key: Moments
     context: TokenGroups
     mlp: TokenGroups
     score_gradient: Tensor
@@ -145,7 +157,7 @@ class BlockStatistics:
         return cls(
             images=0,
             query=TokenGroups.zeros(heads, head_size),
-            key=torch.zeros(heads, head_size, head_size, dtype=torch.float64),
+            key=Moments.zeros(heads, head_size),
             context=TokenGroups.zeros(heads * head_size),
             mlp=TokenGroups.zeros(width + hidden_size),
             score_gradient=torch.zeros(heads, dtype=torch.float64),
@@ -225,10 +237,10 @@ def collect_statistics(
 def _add_up(statistics: BlockStatistics) -> None:
     """Sums over the images of all processes."""
     statistics.images = int(processes.total(statistics.images))
-    processes.add_up(statistics.key, statistics.score_gradient)
-    for groups in vars(statistics).values():
-        if isinstance(groups, TokenGroups):
-            groups.add_up()
+    processes.add_up(statistics.score_gradient)
+    for moments in vars(statistics).values():
+        if isinstance(moments, Moments | TokenGroups):
+            moments.add_up()
 
 
 @dataclass
@@ -318,7 +330,7 @@ def _add(statistics: BlockStatistics, trace: _Trace, num_read: int) -> None:
     statistics.images += trace.query.shape[0]
     statistics.query.add(trace.query.float(), num_read)
     centred = trace.key.float() - trace.key.float().mean(-2, keepdim=True)
-    statistics.key += (centred.transpose(-1, -2) @ centred).sum(0).cpu().double()
+    statistics.key.add(_images_inside(centred))
     statistics.context.add(trace.context.float(), num_read)
     statistics.mlp.add(torch.cat((trace.hidden.float(), trace.mlp_input.float()), -1), num_read)
     statistics.score_gradient += score_gradient.square().sum((0, 2, 3)).cpu().double()

@@ -2,6 +2,7 @@
 # test.sh          lint, types and all fast tests
 # test.sh slow     the slow tests
 # test.sh compat   a checkpoint made here is loaded by transformers 4.57 in an environment without this package
+# test.sh space    the slow tests of the Space, which need gradio, and Chromium with its driver for the one in a browser
 # PYTHON names another Python than python3.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -25,8 +26,13 @@ compat)
     .venv-compat/bin/python scripts/compat.py check .cache/compat
     .venv-test/bin/python scripts/compat.py check .cache/compat
     ;;
+space)
+    # Gradio wants an older pillow than the other tests should have.
+    make_environment .venv-space --editable '.[dev,space]'
+    .venv-space/bin/pytest -m slow tests/test_space.py "${@:2}"
+    ;;
 *)
-    echo "usage: scripts/test.sh [fast|slow|compat]" >&2
+    echo "usage: scripts/test.sh [fast|slow|compat|space]" >&2
     exit 2
     ;;
 esac

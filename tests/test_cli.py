@@ -263,3 +263,16 @@ def test_distillation_by_smoke(digits_model, digits_data, tmp_path):
     assert len(record["distillation"]["curve"]) > 1
     assert "before and after distillation" in done.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["out"]  # nothing is left of the run
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"), [("hf-vit-lowrank comp", ["compress"]), ("hf-vit-lowrank push --dry", ["--dry-run"])]
+)
+def test_shells_complete_commands_and_options(words, completed):
+    environment = {
+        "_HF_VIT_LOWRANK_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(len(words.split()) - 1),
+    }
+    done = CliRunner().invoke(app, [], env=environment, prog_name="hf-vit-lowrank")
+    assert done.stdout.split() == completed

@@ -308,19 +308,17 @@ def test_fault_14_out_of_memory(caplog):
     """Allocations that no machine can serve."""
 
     def work(most: int):
-        def allocate(batches: list[torch.Tensor]) -> list[int]:
-            for batch in batches:
-                torch.empty(1 if len(batch) <= most else 10**16)
-            return torch.cat(batches).flatten().tolist()
+        def allocate(size: int) -> int:
+            torch.empty(1 if size <= most else 10**16)
+            return size
 
         return allocate
 
-    batches = list(torch.arange(20).view(20, 1).split(8))
-    assert with_smaller_batches("Statistics", work(2), batches) == list(range(20))
+    assert with_smaller_batches("Statistics", work(2), 8) == 2
     assert "Statistics ran out of memory with 8 images at once: once more with 4" in caplog.text
     assert "with 4 images at once: once more with 2" in caplog.text
     with pytest.raises(RunError, match="Statistics: not even one image at a time fits"):
-        with_smaller_batches("Statistics", work(0), batches)
+        with_smaller_batches("Statistics", work(0), 8)
 
 
 LIMITED = """
@@ -336,13 +334,13 @@ cli.main()
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of the address space")
 def test_fault_14_out_of_memory_in_calibration(tmp_path):
-    source = make_source(tmp_path / "dense", image_size=64, patch_size=4)
-    pictures = make_pictures(tmp_path / "pictures", 192)
-    arguments = compression(source, pictures, tmp_path / "out", "--batch-size", 192, "--reduction", 0.2)
+    source = make_source(tmp_path / "dense", image_size=64, patch_size=2)
+    pictures = make_pictures(tmp_path / "pictures", 16)
+    arguments = compression(source, pictures, tmp_path / "out", "--reduction", 0.1)
     environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", LIMITED, "700000000", *map(str, arguments)]
+    command = [sys.executable, "-c", LIMITED, "400000000", *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert "Statistics ran out of memory with 192 images at once: once more with 96" in succeeded(done)
+    assert "Statistics ran out of memory with 8 images at once: once more with 4" in succeeded(done)
     load_checkpoint(tmp_path / "out")
 
 

@@ -4,32 +4,53 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
 from datasets import Dataset, load_dataset
 from safetensors.torch import load_file
 
+from hf_vit_lowrank import CompressionRecipe
+from hf_vit_lowrank.dense import load_dense
 from hf_vit_lowrank.images import Share, open_images
+from hf_vit_lowrank.memory import memory_plan
 
 COMMAND = ("compress", "{source}", "--calibration", "{images}", "--samples", "150", "--reduction", "0.6", "--quiet")
+LIMIT = "1012000000"  # bytes
+# One thread each. Open MPI refuses to be started by root, as containers do, unless it is told twice.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+# Also without a GPU: of `--cpu` accelerate makes one process, unless there is an MPI to start more.
+MULTI_GPU = ("--multi_gpu", "--main_process_port", "0")
+DEBUG_LAUNCHER = """
+import sys
+from accelerate import debug_launcher
+from hf_vit_lowrank import CompressionRecipe, compress
+
+def work(source, images, output):
+    compress(source, images, CompressionRecipe(reduction=0.6, samples=150)).save_pretrained(output)
+
+debug_launcher(work, tuple(sys.argv[1:]), num_processes=2)
+"""
 
 
-def launch(source, images, output, *options: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    # Also without a GPU: of `--cpu` accelerate makes one process, unless there is an MPI to start more.
-    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-    launcher += ["--num_machines", "1", "--main_process_port", "0"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
+def launch(source, images, output, *options: object, launcher: Sequence[str] = MULTI_GPU) -> None:
+    start = ["-m", "accelerate.commands.launch", *launcher, "--num_processes", "2", "--num_machines", "1"]
+    start += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
     arguments = [part.format(source=source, images=images) for part in COMMAND] + ["--output", str(output)]
-    command = [sys.executable, *launcher, "-m", "hf_vit_lowrank", *arguments, *map(str, options)]
+    run([*start, "-m", "hf_vit_lowrank", *arguments, *map(str, options)])
+
+
+def run(arguments: list[str]) -> None:
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=500, env={**os.environ, **ENVIRONMENT}
     )
     assert done.returncode == 0, done.stderr
-    return done
 
 
 def outcome(folder):
@@ -37,44 +58,65 @@ def outcome(folder):
     return record, load_file(folder / "model.safetensors")
 
 
+def assert_the_same(one, other):
+    """One plan, and weights to 1e-6."""
+    assert one[0]["plan"] == other[0]["plan"]
+    for name, tensor in other[1].items():
+        assert torch.allclose(one[1][name], tensor, rtol=1e-6, atol=1e-6 * tensor.abs().max().item()), name
+
+
 @pytest.fixture(scope="module")
 def alone(digits_model, digits_data, tmp_path_factory):
-    """Made by one process, without compensation."""
+    """Made by one process."""
     output = tmp_path_factory.mktemp("alone") / "out"
     arguments = [part.format(source=digits_model, images=digits_data.calibration) for part in COMMAND]
-    subprocess.run(
-        [sys.executable, "-m", "hf_vit_lowrank", *arguments, "--compensation", "none", "--output", output],
-        check=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    run(["-m", "hf_vit_lowrank", *arguments, "--output", str(output)])
     return outcome(output)
 
 
 def test_two_processes_make_what_one_makes(alone, digits_model, digits_data, tmp_path):
-    launch(digits_model, digits_data.calibration, tmp_path / "out", "--compensation", "none")
+    launch(digits_model, digits_data.calibration, tmp_path / "out")
     record, weights = outcome(tmp_path / "out")
-    assert record["plan"] == alone[0]["plan"]
     assert record["calibration"]["images"] == 150
     assert record["calibration"]["processes"] == 2
-    for name, tensor in alone[1].items():
-        assert torch.allclose(weights[name], tensor, rtol=1e-6, atol=1e-6 * tensor.abs().max().item()), name
+    assert_the_same((record, weights), alone)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("compensation", ["closed-form", "distill"])
-def test_two_processes_repair_a_model_together(compensation, alone, digits_model, digits_data, tmp_path):
-    options = ("--compensation", compensation, "--distill-epochs", 3)
-    launch(digits_model, digits_data.calibration, tmp_path / "out", *options)
+def test_two_processes_without_a_gpu_by_mpi(alone, digits_model, digits_data, tmp_path):
+    if shutil.which("mpirun") is None:
+        pytest.skip("no mpirun, without which accelerate launch --cpu starts one process")
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launcher = ("--cpu", "--mpirun_hostfile", str(tmp_path / "hosts"), "--main_process_port", str(port))
+    launch(digits_model, digits_data.calibration, tmp_path / "out", launcher=launcher)
+    record, weights = outcome(tmp_path / "out")
+    assert record["calibration"]["processes"] == 2
+    assert_the_same((record, weights), alone)
+
+
+@pytest.mark.slow
+def test_two_processes_of_a_python_program(alone, digits_model, digits_data, tmp_path):
+    run(["-c", DEBUG_LAUNCHER, str(digits_model), str(digits_data.calibration), str(tmp_path / "out")])
+    record, weights = outcome(tmp_path / "out")
+    assert record["calibration"]["processes"] == 2
+    assert_the_same((record, weights), alone)
+
+
+@pytest.mark.slow
+def test_two_processes_distil_a_model_together(digits_model, digits_data, tmp_path):
+    launch(
+        *(digits_model, digits_data.calibration, tmp_path / "out"),
+        *("--compensation", "distill", "--distill-epochs", 3),
+    )
     record, _ = outcome(tmp_path / "out")
-    if compensation == "closed-form":
-        assert record["plan"] == alone[0]["plan"]
-        assert record["drift"]["after"][-1] < record["drift"]["before"][-1]
-    else:
-        images = [seen for seen, _ in record["distillation"]["curve"]]
-        assert images[1] % (2 * record["recipe"]["batch_size"]) == 0  # a step takes a batch of each process
-        for step in (record["gradient"], record["distillation"]):
-            assert step["kept"] == (step["after"] < step["before"])
+    images = [seen for seen, _ in record["distillation"]["curve"]]
+    assert images[1] % (2 * record["recipe"]["batch_size"]) == 0  # a step takes a batch of each process
+    for step in (record["gradient"], record["distillation"]):
+        assert step["kept"] == (step["after"] < step["before"])
 
 
 def test_the_shares_of_indexed_data_are_whole_batches(digits_data):
@@ -117,6 +159,18 @@ def test_every_image_of_a_stream_is_read_once(shards, samples, digits_data, monk
 
 
 @pytest.mark.slow
-def test_presets_are_refused_by_name(digits_model, digits_data, tmp_path):
-    with pytest.raises(AssertionError, match="'svd-llm' runs in one process"):
-        launch(digits_model, digits_data.calibration, tmp_path / "out", "--preset", "svd-llm")
+@pytest.mark.parametrize(
+    "options",
+    [("--preset", "svd-llm"), ("--preset", "modegpt"), ("--memory-limit", LIMIT)],
+    ids=["svd-llm", "modegpt", "memory-limit"],
+)
+def test_two_processes_make_what_one_makes_with(options, digits_model, digits_data, tmp_path):
+    arguments = [part.format(source=digits_model, images=digits_data.calibration) for part in COMMAND]
+    run(["-m", "hf_vit_lowrank", *arguments, *options, "--output", str(tmp_path / "alone")])
+    launch(digits_model, digits_data.calibration, tmp_path / "out", *options)
+    assert_the_same(outcome(tmp_path / "out"), outcome(tmp_path / "alone"))
+
+
+def test_that_limit_is_one(digits_model):
+    config, batch_size = load_dense(str(digits_model)).model.config, CompressionRecipe(reduction=0.6).batch_size
+    assert memory_plan(config, 150, batch_size, int(LIMIT)).batch_size < batch_size

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +23,11 @@ from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.images import open_images
 from hf_vit_lowrank.space import GRADIO_VERSION, REQUIREMENTS, write_space
 from tests.test_cli import call
+
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+CHROMIUM, CHROMEDRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+# No other host is reached from the page, which asks for fonts.
+NOWHERE_ELSE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
 
 
 @pytest.fixture(scope="module")
@@ -94,39 +99,84 @@ def test_requirements_are_those_of_the_package():
     assert gradio.specifier.contains(Version(GRADIO_VERSION))
 
 
-@pytest.mark.slow
-def test_the_space_answers(checkpoint, digits_model, digits_data, tmp_path):
+@pytest.fixture(scope="module")
+def address(checkpoint, digits_model, tmp_path_factory):
+    """Of a Space that runs."""
     pytest.importorskip("gradio")
-    from gradio_client import Client, handle_file
-
-    write_space(str(checkpoint), tmp_path / "space", dense=str(digits_model))
-    row = load_dataset("parquet", data_files=str(digits_data.validation), split="train")[0]
-    buffer = io.BytesIO()
-    row["image"].save(buffer, "png")
-    (tmp_path / "digit.png").write_bytes(buffer.getvalue())
+    folder = tmp_path_factory.mktemp("running")
+    write_space(str(checkpoint), folder / "space", dense=str(digits_model))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "GRADIO_SERVER_PORT": str(port), "GRADIO_ANALYTICS_ENABLED": "False"}
-    with (tmp_path / "log").open("w") as log:
+    with (folder / "log").open("w") as log:
         server = subprocess.Popen(
-            [sys.executable, "app.py"], cwd=tmp_path / "space", env=environment, stdout=log, stderr=log
+            [sys.executable, "app.py"], cwd=folder / "space", env=environment, stdout=log, stderr=log
         )
     try:
-        wait_for(port, server, tmp_path / "log")
-        client = Client(f"http://127.0.0.1:{port}", verbose=False)
-        dense, dense_line, small, small_line = client.predict(
-            handle_file(str(tmp_path / "digit.png")), api_name="/classify"
-        )
+        wait_for(port, server, folder / "log")
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
         server.wait(30)
-    names = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-    assert dense["label"] == small["label"] == names[row["label"]]
+
+
+@pytest.fixture
+def digit(digits_data, tmp_path):
+    """A picture's file and its class."""
+    row = load_dataset("parquet", data_files=str(digits_data.validation), split="train")[0]
+    row["image"].save(tmp_path / "digit.png")
+    return str(tmp_path / "digit.png"), DIGITS[row["label"]]
+
+
+@pytest.mark.slow
+def test_the_space_answers(address, digit):
+    from gradio_client import Client, handle_file
+
+    dense, dense_line, small, small_line = Client(address, verbose=False).predict(
+        handle_file(digit[0]), api_name="/classify"
+    )
+    assert dense["label"] == small["label"] == digit[1]
     assert len(dense["confidences"]) == len(small["confidences"]) == 5
-    parameters = [float(line.split("·")[1].split()[0]) for line in (dense_line, small_line)]
-    assert parameters == [0.16, 0.08]
-    assert all(" ms " in line for line in (dense_line, small_line))
+    assert [parameters_in(line) for line in (dense_line, small_line)] == [0.16, 0.08]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None or CHROMEDRIVER is None, reason="no chromium and chromedriver")
+def test_both_answers_are_on_the_page(address, digit, tmp_path):
+    webdriver = pytest.importorskip("selenium.webdriver")
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in ("--headless", "--no-sandbox", f"--user-data-dir={tmp_path / 'profile'}", NOWHERE_ELSE):
+        options.add_argument(argument)
+    page = webdriver.Chrome(options, webdriver.ChromeService(CHROMEDRIVER))
+    try:
+        wait = WebDriverWait(page, 60)
+        page.get(address)
+        wait.until(lambda _: page.find_elements("css selector", "input[type=file]"))[0].send_keys(digit[0])
+        wait.until(lambda _: page.find_elements("css selector", "img[src*='/file=']"))
+        page.find_element("xpath", "//button[normalize-space()='Classify']").click()
+        body = page.find_element("tag name", "body")
+        wait.until(lambda _: body.text.count(" ms · ") == 2)
+        lines = body.text.splitlines()
+    finally:
+        page.quit()
+    for title, parameters in (("Dense", 0.16), ("Compressed", 0.08)):
+        answer = lines[lines.index(title) + 1 :]
+        assert answer[0] == answer[1] == digit[1]  # the headline, then the first of five names, each with its share
+        assert len({*answer[1:11:2]} & {*DIGITS}) == 5
+        assert all(share.endswith("%") for share in answer[2:11:2])
+        assert parameters_in(answer[11]) == parameters
+
+
+def parameters_in(line: str) -> float:
+    """Millions, in "3 ms · 0.16 M parameters · 0.64 MB"."""
+    milliseconds, parameters, size = line.split(" · ")
+    assert milliseconds.endswith(" ms")
+    assert size.endswith(" MB")
+    return float(parameters.removesuffix(" M parameters"))
 
 
 def wait_for(port: int, server: subprocess.Popen, log: Path) -> None:

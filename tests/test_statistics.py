@@ -51,7 +51,7 @@ def test_block_moments_equal_token_by_token_sums(model, embeddings):
         assert torch.allclose(statistics.query.read.second[head], read, rtol=1e-4, atol=1e-5)
         centred = keys[..., part] - keys[..., part].mean(1, keepdim=True)
         expected = sum(torch.outer(k, k) for k in centred.reshape(-1, 4).double())
-        assert torch.allclose(statistics.key[head], expected, rtol=1e-4, atol=1e-5)
+        assert torch.allclose(statistics.key.second[head], expected, rtol=1e-4, atol=1e-5)
     contexts = block.attention.context(normed)[0][:, 1:].reshape(-1, 12).double()
     assert torch.allclose(statistics.context.other.second, contexts.mT @ contexts, rtol=1e-4, atol=1e-5)
     assert statistics.images == 6
@@ -87,7 +87,7 @@ def test_gradients_are_those_of_the_loss_against_the_drawn_label(model, embeddin
 
 def test_batch_size_does_not_matter(model, embeddings):
     whole, parts = collect_statistics(model, [embeddings])[0], collect_statistics(model, embeddings.split(1))[0]
-    for one, other in ((whole.key, parts.key), (whole.hidden.read.second, parts.hidden.read.second)):
+    for one, other in ((whole.key.second, parts.key.second), (whole.hidden.read.second, parts.hidden.read.second)):
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
 
 
@@ -115,7 +115,37 @@ def test_sums_stay_in_float64():
 def test_bfloat16_gives_nearly_the_same_moments_in_float64(model, embeddings):
     exact = collect_statistics(model, [embeddings])[0]
     half = collect_statistics(model, [embeddings], precision=torch.bfloat16)[0]
-    for one, other in ((exact.key, half.key), (exact.hidden.other.second, half.hidden.other.second)):
+    for one, other in ((exact.key.second, half.key.second), (exact.hidden.other.second, half.hidden.other.second)):
         assert other.dtype == torch.float64
         assert not torch.equal(one, other)
         assert (one - other).norm() < 0.05 * one.norm()
+
+
+def test_sums_have_the_same_bits_in_any_order():
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([1e4, 1.0, 1e-3, 1e-5, 0.0])  # the last is never seen in the first batch
+    batches = [sizes * (1 + torch.randn(50, 5, generator=generator)) for _ in range(60)]
+    batches += [torch.eye(5)[4:] * 0.5]
+    plain, exact = torch.zeros(5, 5, dtype=torch.float64), torch.zeros(5, 5, dtype=torch.float64)
+    sums = []
+    for order in (batches, [batches[0], *batches[:0:-1]]):
+        moments = Moments.zeros(5)
+        for batch in order:
+            moments.add(batch)
+        sums.append(moments)
+    assert torch.equal(sums[0].first, sums[1].first)
+    assert torch.equal(sums[0].second, sums[1].second)
+    for batch in batches:
+        plain += (batch.mT @ batch).double()
+        exact += batch.mT.double() @ batch.double()
+    scale = exact.diagonal().sqrt()
+    scale = torch.outer(scale, scale)
+    # Rounding to the grid adds nothing to what float32 products have lost.
+    assert ((sums[0].second - exact) / scale).abs().max() < 1.1 * ((plain - exact) / scale).abs().max()
+
+
+def test_a_model_without_gradients_in_the_first_batch_keeps_its_later_ones():
+    moments = Moments.zeros(2)
+    moments.add(torch.zeros(3, 2))
+    moments.add(torch.tensor([[1e-9, 3.0]]))
+    assert torch.allclose(moments.second, torch.tensor([[1e-18, 3e-9], [3e-9, 9.0]]).double(), rtol=1e-6, atol=0)

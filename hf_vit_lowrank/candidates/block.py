@@ -81,7 +81,7 @@ def block_candidates(block: LowRankViTBlock, statistics: BlockStatistics, even_h
     same size in every token is predicted as it is.
     """
     attention_weight, mlp_weight = token_weight(statistics.attention_gradient), token_weight(statistics.mlp_gradient)
-    images, heads = statistics.images, len(statistics.key)
+    images, heads = statistics.images, len(statistics.key.second)
     queries = statistics.query.weighted(attention_weight)
     down_weight = block.mlp.down.weight.detach().cpu()
     hidden_and_inputs = statistics.mlp.weighted(mlp_weight)
@@ -93,7 +93,7 @@ def block_candidates(block: LowRankViTBlock, statistics: BlockStatistics, even_h
         query_key=query_key_layer(
             [
                 query_key_candidate(query / images, key / images)
-                for query, key in zip(queries.second, statistics.key, strict=True)
+                for query, key in zip(queries.second, statistics.key.second, strict=True)
             ],
             scales.tolist(),
         ),

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import processes
 from ..candidates.block import output_metric
 from ..candidates.mlp_width import mlp_width_candidate
+from ..exact_sums import rounded_products, rounded_sum, units_of
 from ..linalg import ridge_solve
 from ..progress import track
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
@@ -159,21 +160,18 @@ class _Regression:
     def __init__(self, inputs: int, targets: int, other_weight: float, watched: int = 0):
         self.other_weight, self.size = other_weight, inputs
         self.groups = TokenGroups.zeros(inputs + watched)
-        self.cross = torch.zeros(inputs, targets, dtype=torch.float64)
-        self.target_sum = torch.zeros(targets, dtype=torch.float64)
+        self.read, self.other = _CrossMoments(inputs, targets), _CrossMoments(inputs, targets)
 
     def add(self, inputs: Tensor, targets: Tensor, num_read: int) -> None:
         """(images, tokens, n + watched) and (images, tokens, m)."""
         self.groups.add(inputs, num_read)
-        for tokens, weight in ((slice(0, num_read), 1.0), (slice(num_read, None), self.other_weight)):
-            x, y = inputs[:, tokens, : self.size].flatten(0, 1), targets[:, tokens].flatten(0, 1)
-            self.cross += weight * (x.mT @ y).cpu().double()
-            self.target_sum += weight * y.sum(0).cpu().double()
+        for group, tokens in ((self.read, slice(0, num_read)), (self.other, slice(num_read, None))):
+            group.add(inputs[:, tokens, : self.size].flatten(0, 1), targets[:, tokens].flatten(0, 1))
 
     def add_up(self) -> None:
         """Make these the sums over the batches of all processes."""
         self.groups.add_up()
-        processes.add_up(self.cross, self.target_sum)
+        processes.add_up(self.read.target, self.read.cross, self.other.target, self.other.cross)
 
     @property
     def seen(self) -> Moments:
@@ -187,6 +185,24 @@ class _Regression:
         """Weight (m, n), drawn towards `prior` where the data say little, and bias (m,)."""
         inputs, prior = self.inputs, prior.detach().cpu().double()
         covariance = inputs.covariance()
-        cross = self.cross - torch.outer(inputs.first, self.target_sum) / inputs.count
+        target_sum = self.read.target + self.other_weight * self.other.target
+        cross = self.read.cross + self.other_weight * self.other.cross
+        cross -= torch.outer(inputs.first, target_sum) / inputs.count
         weight = prior + ridge_solve(covariance, cross - covariance @ prior.mT, ridge)
-        return weight, (self.target_sum - weight @ inputs.first) / inputs.count
+        return weight, (target_sum - weight @ inputs.first) / inputs.count
+
+
+class _CrossMoments:
+    """Sums over tokens of y (m) and of x yᵀ (n, m), in float64 and with the same bits in any order."""
+
+    def __init__(self, inputs: int, targets: int):
+        self.target = torch.zeros(targets, dtype=torch.float64)
+        self.cross = torch.zeros(inputs, targets, dtype=torch.float64)
+        self.units: tuple[Tensor, Tensor] | None = None
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """(tokens, n) and (tokens, m)."""
+        if self.units is None:
+            self.units = units_of(x), units_of(y)
+        self.target += rounded_sum(y, self.units[1])
+        self.cross += rounded_products(x, y, *self.units)

@@ -72,12 +72,12 @@ def measured_drifts(calibrated: Calibrated, model: LowRankViTForImageClassificat
 def _refit(calibrated: Calibrated, model: LowRankViTForImageClassification, run: RunFolder) -> list[BlockDrift]:
     start = copy.deepcopy(model.state_dict())
 
-    def refit(batches: list[Tensor]) -> list[BlockDrift]:
+    def refit(size: int) -> list[BlockDrift]:
         model.load_state_dict(start)
-        return compensate_closed_form(calibrated.dense.model, model, calibrated.statistics, batches, run)
+        parts = [part for batch in calibrated.fitting for part in batch.split(size)]
+        return compensate_closed_form(calibrated.dense.model, model, calibrated.statistics, parts, run)
 
-    parts = [part for batch in calibrated.fitting for part in batch.split(calibrated.images_at_once)]
-    return with_smaller_batches("Compensation", refit, parts)
+    return with_smaller_batches("Compensation", refit, calibrated.images_at_once)
 
 
 def _train_blocks(
@@ -94,17 +94,19 @@ def _train_blocks(
     trained = copy.deepcopy(model) if shrunk is None else shrunk
     start = copy.deepcopy(trained.state_dict())
 
-    def train(batches: list[Tensor]) -> list[BlockTraining]:
+    embeddings = calibrated.fitting + _view_embeddings(calibrated, recipe)
+
+    def train(size: int) -> list[BlockTraining]:
         trained.load_state_dict(start)
+        parts = [part for batch in embeddings for part in batch.split(size)]
         return compensate_gradient(
-            *(calibrated.dense.model, trained, calibrated.statistics, batches, calibrated.held_back),
+            *(calibrated.dense.model, trained, calibrated.statistics, parts, calibrated.held_back),
             refit=shrunk is not None,
             seed=recipe.seed,
             run=run,
         )
 
-    embeddings = calibrated.fitting + _view_embeddings(calibrated, recipe)
-    records = with_smaller_batches("Training block by block", train, embeddings)
+    records = with_smaller_batches("Training block by block", train, recipe.batch_size)
     if not any(record.kept for record in records):
         logger.warning("training made no block better on held-back images: all stay as they were refitted")
     before, after = (held_back_divergence(calibrated, one) for one in (model, trained))
