@@ -326,7 +326,7 @@ def local_folder(source: str, revision: str | None, files: Sequence[str]) -> tup
     files: patterns of those that are downloaded.
 
     Raises:
-        UserError: there is no such folder or repository.
+        UserError: there is no such folder or repository, or the hub refuses it.
         RunError: the hub cannot be reached.
     """
     path = Path(source)
@@ -343,7 +343,9 @@ def local_folder(source: str, revision: str | None, files: Sequence[str]) -> tup
     except RevisionNotFoundError as error:
         raise UserError(f"'{source}' has no revision '{revision}': name a branch, tag or commit of it.") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise RunError(
+        response = getattr(error.__cause__ or error, "response", None)
+        refused = response is not None and 400 <= response.status_code < 500
+        raise (UserError if refused else RunError)(
             f"'{source}' is no folder here, and the hub could not be reached ({reason(error)}): give the folder, or "
             "the same command later."
         ) from error
