@@ -141,7 +141,7 @@ def calibrate(
         versions=versions(),
         device=dense.model.device.type,
         processes=processes.count(),
-        images_at_once=memory.batch_size,
+        images_at_once=memory.batch_size,  # changes the last bits; how many blocks are a group does not
     )
     if not run.has("statistics"):
         run.require_room(memory.moments)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,13 +48,17 @@ def check_target(folder: str | Path, weight_bytes: int, *, overwrite: bool = Fal
     back.
 
     Raises:
-        UserError: it is a file; it is not empty (without `overwrite`); it holds files that are no part of a checkpoint
-            of this package (with `overwrite`: they are never deleted); the disk has too little room.
+        UserError: it is a file or lies below one; nothing may be written beside it; it is not empty (without
+            `overwrite`); it holds files that are no part of a checkpoint of this package (with `overwrite`: they are
+            never deleted); the disk has too little room.
     """
     target = Path(folder).resolve()
+    beside = next(parent for parent in target.parents if parent.exists())
+    if not beside.is_dir() or (target.exists() and not target.is_dir()):
+        raise UserError(f"'{folder}' is a file, or lies below one: choose another folder for the checkpoint.")
+    if not os.access(beside, os.W_OK | os.X_OK):
+        raise UserError(f"'{beside}' may not be written to: choose another place for the checkpoint.")
     _recover(target)
-    if target.exists() and not target.is_dir():
-        raise UserError(f"'{folder}' is a file: choose another folder for the checkpoint.")
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:
             raise UserError(f"'{folder}' is not empty: choose another folder, or pass --overwrite.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from huggingface_hub.errors import (
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
-from .errors import UserError, as_user_error, reason
+from .errors import RunError, UserError, as_user_error, reason
 from .images import load_image_processor
 from .model_card import read_card
 from .remote.configuration_lowrank_vit import LowRankViTConfig
@@ -94,6 +95,7 @@ def load_dense(source: str, *, revision: str | None = None, allow_pickle: bool =
     Raises:
         UserError: not found, not one of `SUPPORTED`, already compressed or quantised, no safetensors weights (unless
             `allow_pickle`), weights missing or not finite.
+        RunError: the hub cannot be reached.
     """
     folder, commit = local_folder(source, revision, (*DENSE_FILES, "*.bin") if allow_pickle else DENSE_FILES)
     architecture = _checked_architecture(folder, source)
@@ -116,6 +118,7 @@ def dense_parameters(source: str, *, revision: str | None = None) -> int:
 
     Raises:
         UserError: not found or not one of `SUPPORTED`.
+        RunError: the hub cannot be reached.
     """
     folder, _ = local_folder(source, revision, ("*.json",))
     architecture = _checked_architecture(folder, source)
@@ -320,7 +323,11 @@ def _block_back(
 def local_folder(source: str, revision: str | None, files: Sequence[str]) -> tuple[Path, str | None]:
     """The folder that holds the checkpoint and, for a hub id, the commit it is at.
 
-    files: patterns of those that are downloaded. Raises UserError where there is no such folder or repository.
+    files: patterns of those that are downloaded.
+
+    Raises:
+        UserError: there is no such folder or repository, or the hub refuses it.
+        RunError: the hub cannot be reached.
     """
     path = Path(source)
     if path.is_dir():
@@ -336,7 +343,12 @@ def local_folder(source: str, revision: str | None, files: Sequence[str]) -> tup
     except RevisionNotFoundError as error:
         raise UserError(f"'{source}' has no revision '{revision}': name a branch, tag or commit of it.") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise UserError(f"'{source}' is no folder here, and the hub could not be reached: {reason(error)}.") from error
+        response = getattr(error.__cause__ or error, "response", None)
+        refused = response is not None and 400 <= response.status_code < 500
+        raise (UserError if refused else RunError)(
+            f"'{source}' is no folder here, and the hub could not be reached ({reason(error)}): give the folder, or "
+            "the same command later."
+        ) from error
     return folder, folder.name
 
 
@@ -419,13 +431,19 @@ def _load_transformers(folder: Path, source: str, architecture: str, allow_pickl
             "(reading a pickle can run code)."
         )
     with as_user_error(f"The weights of '{source}' could not be read"):
-        dense, info = getattr(transformers, architecture).from_pretrained(
-            folder,
-            use_safetensors=None if allow_pickle else True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
+        try:
+            dense, info = getattr(transformers, architecture).from_pretrained(
+                folder,
+                use_safetensors=None if allow_pickle else True,
+                trust_remote_code=False,
+                dtype=torch.float32,
+                output_loading_info=True,
+            )
+        except pickle.UnpicklingError as error:  # torch's message advises to let the pickle run what it likes
+            raise UserError(
+                f"The pickled weights of '{source}' are damaged, or hold more than tensors, which is never opened: get "
+                "a copy in safetensors."
+            ) from error
     if info["missing_keys"]:
         raise UserError(f"'{source}' lacks weights, the first is {min(info['missing_keys'])}: get a whole copy.")
     if (name := not_finite(dense)) is not None:

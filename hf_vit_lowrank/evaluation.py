@@ -102,7 +102,8 @@ class EvaluationReport:
 def load_classifier(source: str, *, revision: str | None = None) -> tuple[PreTrainedModel, Any]:
     """A compressed or dense ViT/DeiT classifier (folder or hub id) in float32, and its image processor.
 
-    Reads safetensors only and never runs remote code. Raises UserError for whatever else it meets.
+    Reads safetensors only and never runs remote code. Raises UserError for whatever else it meets, RunError where
+    the hub cannot be reached.
     """
     folder, commit = local_folder(source, revision, CHECKPOINT_FILES)
     options: dict[str, Any] = {"revision": commit, "trust_remote_code": False}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ WAITS = (1, 2, 4)
 _PASSING = (409, 412, 429, 500, 502, 503, 504)
 # The longest time for which the hub may ask us to wait.
 _LONGEST_WAIT = 300
-_AGAIN = "the same command again sends what is missing"
+_AGAIN = "the same command again completes it"
 # The base of all errors of the HTTP client that this release of huggingface_hub uses (requests, httpx, …).
 _CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
@@ -330,7 +331,7 @@ def _root(error: BaseException) -> BaseException:
 def _said(error: BaseException) -> str:
     status, message = _status(error), getattr(error, "server_message", None)
     said = " ".join((message or str(error)).split()).rstrip(".") if message or status is None else ""
-    said = said[:200] or type(error).__name__
+    said = textwrap.shorten(said, 300, placeholder=" …") or type(error).__name__
     return said if status is None else f"{status}: {said}" if message else str(status)
 
 

@@ -380,7 +380,7 @@ def _visible_files(folder: Path) -> list[Path]:
 
 
 def _saved_source(folder: Path) -> _Source:
-    with as_user_error(f"'{folder}': the saved data set cannot be read"):
+    with as_user_error(f"'{folder}': the saved data set cannot be read; save it again"):
         saved = load_from_disk(str(folder))
     if not isinstance(saved, DatasetDict):
         saved = DatasetDict({str(saved.split or "train"): saved})
@@ -434,7 +434,7 @@ def _split_files(files: list[Path], root: Path | None = None) -> dict[str, list[
 def _parquet_source(location: str, splits: dict[str, list[Path]], for_calibration: bool) -> _Source:
     if not splits:
         raise UserError(f"'{location}': no file fits this pattern.")
-    broken = f"'{location}': the parquet files cannot be read"
+    broken = f"'{location}': the parquet files cannot be read; get intact copies"
 
     def count(split: str, data: Any = None) -> int:
         with as_user_error(broken):

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from .checkpoint import read_record
+from .checkpoint import intact_record
 from .errors import as_user_error
 from .evaluation import evaluate_classifier, load_classifier
 from .images import ImageStream
@@ -31,8 +31,8 @@ _DECADES = 6  # at most this many lines across a chart
 
 
 def read_checkpoint(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """compression.json and config.json of a checkpoint folder. Raises UserError where it is none."""
-    record = read_record(Path(folder))
+    """compression.json and config.json of a checkpoint folder. Raises UserError where it is none, or was altered."""
+    record = intact_record(Path(folder))
     with as_user_error(f"The config.json of '{folder}' cannot be read"):
         return record, json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
 

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from hf_vit_lowrank.dense import dense_parameters, from_transformers, load_dense
-from hf_vit_lowrank.errors import UserError
+from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification
 
 SMALL = {
@@ -318,5 +318,5 @@ def test_names_that_lead_nowhere(folder: Path):
     shutil.rmtree(folder)
     with pytest.raises(UserError, match="neither a folder nor a hub id"):
         load_dense(str(folder))
-    with pytest.raises(UserError, match="the hub could not be reached"):
+    with pytest.raises(RunError, match="the hub could not be reached"):
         load_dense("nobody/nothing-of-this-name")

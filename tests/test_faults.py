@@ -425,12 +425,20 @@ def test_fault_17_what_a_run_keeps_is_counted_before_the_start(pictures, tmp_pat
     assert not list(disk.iterdir())
 
 
+def test_fault_17_disk_that_may_only_be_read(source, small_disk):
+    disk = small_disk("ro")
+    said = failed(call(*compression(source, "never/looked/at", disk / "out")), 2)
+    assert f"'{disk}' may not be written to" in said
+
+
 def test_fault_18_output_is_the_source_or_not_empty(source, pictures, tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in source.iterdir()}
     assert "is the source" in failed(call(*compression(source, pictures, source, "--overwrite")), 2)
     assert "holds it" in failed(call(*compression(source, pictures, source.parent, "--overwrite")), 2)
     assert {path.name: path.stat().st_mtime_ns for path in source.iterdir()} == before
     (tmp_path / "mine.txt").write_text("mine")
+    below = tmp_path / "mine.txt" / "out"
+    assert "lies below one: choose another folder" in failed(call(*compression(source, pictures, below)), 2)
     assert "is not empty: choose another folder" in failed(call(*compression(source, pictures, tmp_path)), 2)
     assert "holds mine.txt" in failed(call(*compression(source, pictures, tmp_path, "--overwrite")), 2)
     assert content(tmp_path) == {"mine.txt": b"mine"}
@@ -447,8 +455,10 @@ def test_fault_19_altered_or_truncated_safetensors(compressed, source, pictures,
         folder = Path(shutil.copytree(compressed, tmp_path / name))
         weights = folder / "model.safetensors"
         weights.write_bytes(damage(weights.read_bytes()))
-        said = failed(call("evaluate", folder, "--dataset", pictures, "--against", source), 2)
-        assert f"model.safetensors of '{folder}' is not as it was saved (its sha256 differs)" in said
+        evaluating = ("evaluate", folder, "--dataset", pictures, "--against", source)
+        for command in (evaluating, ("report", folder, "--output", tmp_path / "page.html")):
+            said = failed(call(*command), 2)
+            assert f"model.safetensors of '{folder}' is not as it was saved (its sha256 differs)" in said
 
 
 def test_fault_20_reloaded_model_has_the_small_size(compressed, source):
@@ -579,7 +589,7 @@ def test_fault_27_code_and_pickle_of_the_source_never_run(source, copied, pictur
     assert "has no .safetensors weights; convert them, or pass --allow-pickle" in said
     assert failed(call("evaluate", copied, "--dataset", pictures), 2)
     said = failed(call(*compression(copied, pictures, tmp_path / "no", "--allow-pickle")), 2)
-    assert "could not be read" in said  # opened with weights_only, which runs nothing
+    assert "hold more than tensors, which is never opened" in said
     assert not marker.exists()
 
 
