@@ -1,6 +1,7 @@
 """Trials of the method, judged on calibration images that nothing is fitted on: what is built in, and what is not.
 
-A trial changes one constant. Writes trials.json and trials.md into OUTPUT; a finished trial is not run again.
+A trial changes the recipe or one constant. Writes trials.json and trials.md into OUTPUT; a finished trial is not run
+again.
 """
 
 from __future__ import annotations
@@ -23,17 +24,20 @@ from hf_vit_lowrank.compress import build
 from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.recipe import CompressionRecipe
 
-# Trial: compensation, and the constant that differs.
-TRIALS: dict[str, tuple[str, tuple[str, str, Any] | None]] = {
-    "closed form": ("closed-form", None),
-    "closed form, no bypass": ("closed-form", ("rank_plan", "BYPASS_ROUNDS", 0)),
-    "closed form, value-output x1": ("closed-form", ("candidates.block", "VALUE_OUTPUT_WEIGHT", 1.0)),
-    "closed form, value-output x3": ("closed-form", ("candidates.block", "VALUE_OUTPUT_WEIGHT", 3.0)),
-    "gradient": ("gradient", None),
-    "gradient, no random views": ("gradient", ("compensation.steps", "VIEWS", 0)),
-    "gradient, 1 pass": ("gradient", ("compensation.gradient", "EPOCHS", 1)),
-    "gradient, 8 passes": ("gradient", ("compensation.gradient", "EPOCHS", 8)),
-    "gradient, rate 1e-3": ("gradient", ("compensation.gradient", "LEARNING_RATE", 1e-3)),
+# Trial: what differs in the recipe, and the constant that differs.
+TRIALS: dict[str, tuple[dict[str, Any], tuple[str, str, Any] | None]] = {
+    "closed form": ({}, None),
+    "closed form, no bypass": ({}, ("rank_plan", "BYPASS_ROUNDS", 0)),
+    "closed form, value-output x1": ({}, ("candidates.block", "VALUE_OUTPUT_WEIGHT", 1.0)),
+    "closed form, value-output x3": ({}, ("candidates.block", "VALUE_OUTPUT_WEIGHT", 3.0)),
+    "gradient": ({"compensation": "gradient"}, None),
+    "gradient, no random views": ({"compensation": "gradient"}, ("compensation.steps", "VIEWS", 0)),
+    "gradient, 1 pass": ({"compensation": "gradient"}, ("compensation.gradient", "EPOCHS", 1)),
+    "gradient, 8 passes": ({"compensation": "gradient"}, ("compensation.gradient", "EPOCHS", 8)),
+    "gradient, rate 1e-3": ({"compensation": "gradient"}, ("compensation.gradient", "LEARNING_RATE", 1e-3)),
+    "distill, 5 passes": ({"compensation": "distill", "distill_epochs": 5}, None),
+    "distill, 5 passes, rate 1e-5": ({"compensation": "distill", "distill_epochs": 5, "distill_lr": 1e-5}, None),
+    "distill, 20 passes, rate 1e-4": ({"compensation": "distill", "distill_epochs": 20, "distill_lr": 1e-4}, None),
 }
 
 
@@ -58,12 +62,13 @@ def main(
     for name in chosen:
         key = f"{name}, −{100 * reduction:g} %"
         if key not in rows:
-            compensation, change = TRIALS[name]
+            fields, change = TRIALS[name]
             with _changed(change):
-                result = build(calibrated, replace(recipe, compensation=compensation))
+                result = build(calibrated, replace(recipe, **fields))
             rows[key] = {
                 "divergence": held_back_divergence(calibrated, result.model),
                 "agreement": 100 * held_back_agreement(calibrated, result.model),
+                "curve": result.report.get("distillation", {}).get("curve"),
                 "seconds": sum(result.report["seconds"].values()) - sum(calibrated.seconds.values()),
             }
             path.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
