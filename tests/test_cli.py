@@ -227,6 +227,7 @@ def test_fault_15_a_killed_run_goes_on_and_is_not_mixed_with_another(digits_mode
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.slow
 def test_another_preset_has_the_same_format_and_budget(digits_model, digits_data, tmp_path):
     output = tmp_path / "out"
     done = run(

@@ -83,6 +83,7 @@ def test_top_k_by_hand():
     assert metric.compute() == {"top1": 25.0, "top5": 75.0}
 
 
+@pytest.mark.slow
 def test_metric_needs_no_network(tmp_path):
     code = (
         "import socket; socket.getaddrinfo = None\n"
