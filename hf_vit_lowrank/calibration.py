@@ -156,7 +156,9 @@ def calibrate(
     with timed(seconds, "statistics"):
         statistics: Sequence[BlockStatistics]
         if memory_limit is None:
-            statistics = run.stage("statistics", lambda: _statistics(dense, fitting, recipe.seed, None, at_once))
+            statistics = run.stage(
+                "statistics", lambda: _statistics(dense, fitting, recipe.seed, None, memory.batch_size)
+            )
             parking = NOWHERE
         else:
             parking = run.part("blocks")

@@ -83,7 +83,7 @@ def test_compensation_brings_the_stream_nearer(calibrated):
             dense_stream, small_stream = dense(dense_stream)[0], small(small_stream)[0]
             distances.append((dense_stream - small_stream)[:, 0].square().mean().item())
         drifts.append(distances)
-    assert drifts[1][-1] < drifts[0][-1]
+    assert drifts[1][-1] < 0.8 * drifts[0][-1]
 
 
 def test_compensation_of_a_whole_model_does_no_harm(calibrated):
