@@ -146,11 +146,15 @@ class LowRankViTAttention(nn.Module):
         """What the output weight reads, the attention-averaged values: (batch, queries, sum of value-output ranks)."""
         query = self.query(hidden_states[:, :num_queries])
         key, value = self._keys_and_values(hidden_states)
-        if self.config._attn_implementation == "sdpa" and not output_attentions:
-            context, attention = self._fused(query, key, value), None
-        else:
-            context, attention = self._eager(query, key, value)
-        return merge_heads(context, self.value_output_ranks), attention
+        if self._is_fused(query.device, output_attentions):
+            return self._fused(query, key, value), None
+        return self._head_by_head(query, key, value, output_attentions)
+
+    def _is_fused(self, device: torch.device, output_attentions: bool) -> bool:
+        """Whether a fused kernel does it. A processor is faster head by head than with heads filled up to one size."""
+        if self.config._attn_implementation != "sdpa" or output_attentions:
+            return False
+        return device.type != "cpu" or len({*self.query_key_ranks, *self.value_output_ranks}) == 1
 
     def _keys_and_values(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.separate:
@@ -163,22 +167,32 @@ class LowRankViTAttention(nn.Module):
         # The fused kernels want one head size for all three, a multiple of 8 on most devices.
         size = max(self.query_key_ranks + self.value_output_ranks)
         size = -(-size // 8) * 8
-        return nn.functional.scaled_dot_product_attention(
+        context = nn.functional.scaled_dot_product_attention(
             split_heads(query, self.query_key_ranks, size),
             split_heads(key, self.query_key_ranks, size),
             split_heads(value, self.value_output_ranks, size),
             dropout_p=self.dropout if self.training else 0.0,
             scale=1.0,
         )
+        return merge_heads(context, self.value_output_ranks)
 
-    def _eager(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        size = max(self.query_key_ranks)
-        scores = split_heads(query, self.query_key_ranks, size) @ split_heads(
-            key, self.query_key_ranks, size
-        ).transpose(2, 3)
-        attention = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-        dropped = nn.functional.dropout(attention, p=self.dropout, training=self.training)
-        return dropped @ split_heads(value, self.value_output_ranks, max(self.value_output_ranks)), attention
+    def _head_by_head(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output_attentions: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        heads = zip(
+            query.split(self.query_key_ranks, -1),
+            key.split(self.query_key_ranks, -1),
+            value.split(self.value_output_ranks, -1),
+            strict=True,
+        )
+        contexts, attentions = [], []
+        for head_query, head_key, head_value in heads:
+            scores = head_query @ head_key.transpose(1, 2)
+            attention = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+            contexts.append(nn.functional.dropout(attention, p=self.dropout, training=self.training) @ head_value)
+            if output_attentions:
+                attentions.append(attention)
+        return torch.cat(contexts, dim=-1), torch.stack(attentions, dim=1) if output_attentions else None
 
 
 class LowRankViTMLP(nn.Module):
