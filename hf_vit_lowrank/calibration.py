@@ -186,12 +186,23 @@ def _parked_statistics(
     """Collected for a group of blocks at a time, and read from disk whenever they are needed."""
     layers = range(dense.model.config.num_hidden_layers)
     for start in layers[:: memory.group]:
-        chosen = layers[start : start + memory.group]
-        if not all(parking.has(f"statistics-{layer}") for layer in chosen):
-            collected = _statistics(dense, embeddings, seed, chosen, memory.batch_size)
-            for layer, moments in zip(chosen, collected, strict=True):
-                parking.save(f"statistics-{layer}", moments)
+        _park_group(dense, embeddings, seed, layers[start : start + memory.group], memory.batch_size, parking)
     return parking.parked([f"statistics-{layer}" for layer in layers])
+
+
+def _park_group(
+    dense: DenseSource,
+    embeddings: list[Tensor],
+    seed: int,
+    layers: range,
+    images_at_once: int,
+    parking: RunFolder,
+) -> None:
+    """A function of its own, so that one group's moments are gone before the next group's are collected."""
+    if all(parking.has(f"statistics-{layer}") for layer in layers):
+        return
+    for layer, moments in zip(layers, _statistics(dense, embeddings, seed, layers, images_at_once), strict=True):
+        parking.save(f"statistics-{layer}", moments)
 
 
 def _statistics(

@@ -49,8 +49,10 @@ def memory_plan(config: LowRankViTConfig, images: int, batch_size: int, limit: i
     weights, embeddings = 4 * plan_cost(config, "parameters"), 4 * images * num_tokens(config) * config.hidden_size
     fixed = _PROGRAM + weights + embeddings
     width = config.intermediate_size + config.hidden_size
+    # All blocks' moments, and the covariances that bypasses are made from, unless they are parked.
+    kept = 0 if limit else layers * (moments + 8 * width**2)
     # The smaller model, and the streams of both, beside the work on one block; and while loading, both layouts.
-    later = max(fixed + weights + 2 * embeddings + _WORKING_MATRICES * 8 * width**2, _PROGRAM + 2 * weights)
+    later = max(fixed + weights + 2 * embeddings + kept + _WORKING_MATRICES * 8 * width**2, _PROGRAM + 2 * weights)
 
     def peak(batch: int, group: int) -> int:
         return max(fixed + layers * batch * _activation_bytes(config) + group * moments, later)

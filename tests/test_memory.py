@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
@@ -27,7 +29,17 @@ def test_groups_of_blocks_give_the_plan_and_weights_of_all_at_once(digits_model,
 
     whole = run()
     monkeypatch.setattr(calibration, "memory_plan", lambda *_: MemoryPlan(calibration.CPU_IMAGES_AT_ONCE, 2, 2, 0, 0))
+    collect, earlier = calibration._statistics, []
+
+    def watched(*arguments):
+        assert all(moments() is None for moments in earlier)  # two groups at once would be beyond the limit
+        collected = collect(*arguments)
+        earlier.extend(map(weakref.ref, collected))
+        return collected
+
+    monkeypatch.setattr(calibration, "_statistics", watched)
     groups = run(memory_limit=1, run_folder=tmp_path / "run")
+    assert len(earlier) == 3
     assert groups.report["plan"] == whole.report["plan"]
     parked = sorted(path.name for path in (tmp_path / "run" / "blocks").iterdir())
     assert parked == [f"{kind}-{layer}.pt" for kind in ("candidates", "statistics") for layer in range(3)]
