@@ -96,6 +96,9 @@ Compensation = Annotated[
 DistillEpochs = Annotated[int, _option("Passes over the images in distillation.", min=1)]
 DistillLr = Annotated[float, _option("Peak learning rate of distillation.")]
 Labels = Annotated[bool, _option("Let distillation learn from the labels as well.", "--labels")]
+Checkpointing = Annotated[
+    bool, _option("Let distillation compute activations twice: less memory.", "--gradient-checkpointing")
+]
 Smoke = Annotated[bool, _option("A few steps of distillation only, to see that everything works.", "--smoke")]
 Native = Annotated[
     bool,
@@ -218,6 +221,7 @@ def compress(
     distill_epochs: DistillEpochs = CompressionRecipe.distill_epochs,
     distill_lr: DistillLr = CompressionRecipe.distill_lr,
     labels: Labels = False,
+    gradient_checkpointing: Checkpointing = False,
     smoke: Smoke = False,
     query_key_weight: QueryKeyWeight = 4.0,
     rank_multiple: RankMultiple = CompressionRecipe.rank_multiple,
@@ -259,6 +263,7 @@ def compress(
         distill_epochs=distill_epochs,
         distill_lr=distill_lr,
         labels=labels,
+        gradient_checkpointing=gradient_checkpointing,
         samples=samples,
         batch_size=batch_size,
         seed=seed,
@@ -386,6 +391,7 @@ def sweep(
     distill_epochs: DistillEpochs = CompressionRecipe.distill_epochs,
     distill_lr: DistillLr = CompressionRecipe.distill_lr,
     labels: Labels = False,
+    gradient_checkpointing: Checkpointing = False,
     query_key_weight: QueryKeyWeight = 4.0,
     rank_multiple: RankMultiple = CompressionRecipe.rank_multiple,
     seed: Seed = 0,
@@ -414,6 +420,7 @@ def sweep(
         distill_epochs=distill_epochs,
         distill_lr=distill_lr,
         labels=labels,
+        gradient_checkpointing=gradient_checkpointing,
         samples=samples,
         batch_size=batch_size,
         seed=seed,

@@ -42,6 +42,8 @@ class CompressionRecipe:
     distill_epochs, distill_lr: passes over the calibration images and peak learning rate of "distill". On images held
         back, what compensation has built gets worse for long at 1e-4, and better from the start at 3e-5.
     labels: let "distill" also learn from the labels of the calibration images.
+    gradient_checkpointing: let "distill" compute the smaller model's activations again in the backward pass, for less
+        memory and a third more time.
     samples, batch_size, seed: calibration images, how many at once, and which.
     query_key_weight: factor on the query-key error curves, which predict too little (design 3.6: 4 is the best known).
     rank_multiple: what the inner sizes of a layer are multiples of, its heads taken together; bypasses are free. Matrix
@@ -63,11 +65,12 @@ class CompressionRecipe:
     distill_epochs: int = 100
     distill_lr: float = 3e-5
     labels: bool = False
+    gradient_checkpointing: bool = False
     samples: int = 1024
     batch_size: int = 32
     seed: int = 0
     query_key_weight: float = 4.0
-    rank_multiple: int = 1
+    rank_multiple: int = 8
     native: bool = False
 
     def __post_init__(self) -> None:
@@ -109,7 +112,10 @@ class CompressionRecipe:
             f"min_agreement tries many sizes, and training each by '{self.compensation}' would take too long: find the "
             "size with closed-form, then train that size",
         )
-        _require(not self.labels or self.compensation == "distill", "labels need compensation 'distill'")
+        for name in ("labels", "gradient_checkpointing"):
+            _require(
+                not getattr(self, name) or self.compensation == "distill", f"{name} goes with compensation 'distill'"
+            )
         _require(self.samples >= 1, f"samples must be at least 1, not {self.samples}")
         _require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
         _require(0 <= self.seed < 2**32, f"seed must be in [0, 2**32), not {self.seed}")

@@ -50,13 +50,13 @@ def test_budget_is_kept_and_used(calibrated, reduction, cost):
 
 
 def test_inner_sizes_of_a_layer_are_multiples_or_whole(calibrated, halved):
-    result = build(calibrated, replace(RECIPE, compensation="none", rank_multiple=8))
+    result = build(calibrated, replace(RECIPE, compensation="none", rank_multiple=16))
     config, dense = result.model.config, calibrated.dense.model.config
     layers = zip(config.query_key_ranks, config.value_output_ranks, config.mlp_widths, strict=True)
     for query_key, value_output, width in layers:
-        assert sum(query_key) % 8 == sum(value_output) % 8 == 0
-        assert width % 8 == 0 or width == dense.intermediate_size
-    assert any(width % 8 for width in halved.model.config.mlp_widths)
+        assert sum(query_key) % 16 == sum(value_output) % 16 == 0
+        assert width % 16 == 0 or width == dense.intermediate_size
+    assert any(width % 16 for width in halved.model.config.mlp_widths)
 
 
 def test_the_parameters_reported_are_those_stored(halved):

@@ -15,9 +15,10 @@ from hf_vit_lowrank.compress import build
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.images import open_images
 from hf_vit_lowrank.recipe import CompressionRecipe
+from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification
 from hf_vit_lowrank.run_folder import RunFolder
 
-RECIPE = CompressionRecipe(reduction=0.85, samples=160, compensation="gradient")
+RECIPE = CompressionRecipe(reduction=0.87, samples=160, compensation="gradient", rank_multiple=1)
 DISTILL = replace(RECIPE, compensation="distill", distill_epochs=15, distill_lr=1e-3)
 SHORT = replace(DISTILL, distill_epochs=3)
 
@@ -128,3 +129,25 @@ def test_views_are_crops_of_the_image_and_follow_their_seed(digits_model, digits
     whole = views.plain([0, 1])
     assert first.min() >= whole.min() - 0.5  # bicubic overshoots a little
     assert first.max() <= whole.max() + 0.5
+
+
+def test_distillation_goes_on_with_parts_of_a_batch_where_memory_is_short(
+    calibrated, shortly_distilled, monkeypatch, caplog
+):
+    forward = LowRankViTForImageClassification.forward
+
+    def short_of_memory(self, pixel_values, **options):
+        if self.training and len(pixel_values) > 8:
+            raise MemoryError
+        return forward(self, pixel_values, **options)
+
+    monkeypatch.setattr(LowRankViTForImageClassification, "forward", short_of_memory)
+    result = build(calibrated, SHORT)
+    assert "once more with 8" in caplog.text
+    curves = [dict(one.report["distillation"]["curve"]) for one in (result, shortly_distilled)]
+    assert curves[0] == pytest.approx(curves[1], rel=0.02)  # bfloat16
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(calibrated, shortly_distilled):
+    result = build(calibrated, replace(SHORT, gradient_checkpointing=True))
+    assert result.report["distillation"] == shortly_distilled.report["distillation"]

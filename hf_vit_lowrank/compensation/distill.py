@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from ..augmentation import RandomViews
 from ..precision import half_precision
 from ..progress import track
-from ..remote.modeling_lowrank_vit import LowRankViTForImageClassification, LowRankViTImageClassifierOutput
+from ..remote.modeling_lowrank_vit import LowRankViTForImageClassification
 
 # Weight of the stream's error beside the divergence of the class probabilities.
 STREAM_WEIGHT = 0.5
@@ -37,6 +38,10 @@ MIXUP = 0.8
 WARM_UP = 0.1
 EVALUATIONS = 20
 SMALLEST_VARIANCE = 1e-6
+# Newer releases of transformers rename it, and warn of the old name.
+_CHECKPOINTING = (
+    "activation_checkpointing" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient_checkpointing"
+)
 
 
 @dataclass(frozen=True)
@@ -62,17 +67,21 @@ def distill(
     seed: int,
     labels: Sequence[int] | None,
     folder: Path,
+    images_at_once: int,
+    gradient_checkpointing: bool,
 ) -> DistillationRecord:
     """Train `small` in place on random views; the step that was best on the held-back images stays, or the start.
 
     held_back: indices of the images in `views` that nothing is fitted on. labels: the dense model's class for every
     image, to learn from them as well. folder: where the Trainer's checkpoints go; those of a run that died are gone on
-    with.
+    with. images_at_once: of a batch, which the dense model sees whole, so many go through `small` at once.
+    gradient_checkpointing: compute the activations of `small` twice and do not keep them.
     """
     chosen = set(held_back)
     fitting = [index for index in range(len(views)) if index not in chosen]
     start = {name: tensor.detach().cpu().clone() for name, tensor in small.state_dict().items()}
     arguments = _arguments(folder, epochs * len(fitting), learning_rate, batch_size, seed, dense.device)
+    setattr(arguments, _CHECKPOINTING, gradient_checkpointing)
     trainer = _Distiller(
         model=small,
         args=arguments,
@@ -82,7 +91,7 @@ def distill(
         callbacks=[_Progress(batch_size)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.teacher = dense
+    trainer.teacher, trainer.images_at_once = dense, images_at_once
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     # Or it would go on computing in the precision of the training.
     trainer.accelerator.unwrap_model(small, keep_fp32_wrapper=False)
@@ -147,48 +156,55 @@ class _Distiller(Trainer):
     """The divergence from `teacher` in place of the model's own loss; in evaluation nothing but that."""
 
     teacher: LowRankViTForImageClassification
+    images_at_once: int
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         schedule: Any = self.train_dataset
         return SequentialSampler(schedule)
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Tensor | Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor | tuple[Tensor, Any]:
-        loss, student = self._loss(model, **inputs)
-        return (loss, student) if return_outputs else loss
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """The teacher sees the batch at once; the student, whose activations are kept, a part after the other."""
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        images, total = len(inputs["pixel_values"]), torch.zeros((), device=self.args.device)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            teacher = self.teacher(inputs["pixel_values"], output_hidden_states=True)
+        for start in range(0, images, self.images_at_once):
+            part = slice(start, start + self.images_at_once)
+            last = start + self.images_at_once >= images
+            # The gradients of several processes are added up once.
+            with nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss = self._loss(model, inputs, teacher, part) * (len(inputs["pixel_values"][part]) / images)
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
 
-    def _loss(
-        self, model: nn.Module, pixel_values: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, LowRankViTImageClassifierOutput]:
-        student = model(pixel_values, output_hidden_states=True)
-        with torch.no_grad():
-            teacher = self.teacher(pixel_values, output_hidden_states=True)
-        loss = _divergence(student.logits, teacher.logits)
-        if model.training:
-            loss = loss + STREAM_WEIGHT * self._stream_error(student.hidden_states[1:], teacher.hidden_states[1:])
-            if labels is not None:
-                loss = loss + cross_entropy(student.logits.float(), labels)
-        return loss, student
+    def _loss(self, model: nn.Module, inputs: dict[str, Any], teacher: Any, part: slice) -> Tensor:
+        student = model(inputs["pixel_values"][part], output_hidden_states=True)
+        loss = _divergence(student.logits, teacher.logits[part])
+        loss = loss + STREAM_WEIGHT * self._stream_error(student.hidden_states[1:], teacher.hidden_states[1:], part)
+        if (labels := inputs.get("labels")) is not None:
+            loss = loss + cross_entropy(student.logits.float(), labels[part])
+        return loss
 
-    def _stream_error(self, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-        """Mean over blocks; behind the last one only the tokens read matter."""
+    def _stream_error(self, student: Sequence[Tensor], teacher: Sequence[Tensor], part: slice) -> Tensor:
+        """Mean over blocks, of a part of the batch; behind the last one only the tokens read matter."""
         num_read, last = self.teacher.config.num_tokens_read, len(teacher) - 1
         errors = []
         for block, (ours, theirs) in enumerate(zip(student, teacher, strict=True)):
             tokens = slice(num_read if block == last else None)
-            errors.append(_relative_error(ours[:, tokens].float(), theirs[:, tokens].float(), num_read))
+            errors.append(_relative_error(ours[:, tokens].float(), theirs[:, tokens].float(), part, num_read))
         return torch.stack(errors).mean()
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
+        pixels = self._prepare_inputs(inputs)["pixel_values"]
         with torch.no_grad(), self.compute_loss_context_manager():
-            return self._loss(model, **self._prepare_inputs(inputs))[0], None, None
+            return _divergence(model(pixels).logits, self.teacher(pixels).logits), None, None
 
 
 def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
@@ -197,9 +213,10 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
-def _relative_error(student: Tensor, teacher: Tensor, num_read: int) -> Tensor:
-    """Mean squared error relative to the teacher's variance: that of the tokens read plus half that of all tokens."""
-    errors, read = (student - teacher).square(), teacher[:, :num_read]
+def _relative_error(student: Tensor, teacher: Tensor, part: slice, num_read: int) -> Tensor:
+    """Mean squared error of a part of the batch, relative to the variance of the whole batch of the teacher: that of
+    the tokens read plus half that of all tokens."""
+    errors, read = (student - teacher[part]).square(), teacher[:, :num_read]
     scale = read.var(0, correction=0).mean().clamp_min(SMALLEST_VARIANCE)
     all_scale = teacher.var((0, 1), correction=0).mean().clamp_min(SMALLEST_VARIANCE)
     return errors[:, :num_read].mean() / scale + 0.5 * errors.mean() / all_scale

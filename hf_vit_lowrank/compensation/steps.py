@@ -22,7 +22,7 @@ from ..recipe import OURS, CompressionRecipe
 from ..remote.modeling_lowrank_vit import LowRankViTForImageClassification
 from ..run_folder import RunFolder
 from .closed_form import BlockDrift, compensate_closed_form
-from .distill import distill
+from .distill import DistillationRecord, distill
 from .drift import block_drifts
 from .gradient import BlockTraining, compensate_gradient
 
@@ -140,19 +140,28 @@ def _distill(
     run: RunFolder,
 ) -> dict[str, Any]:
     views, held_back = calibrated.views, int(processes.total(sum(map(len, calibrated.held_back))))
+    labels = _labels(calibrated) if recipe.labels else None
+    start = copy.deepcopy(model.state_dict())
     with tempfile.TemporaryDirectory() as temporary:
-        record = distill(
-            calibrated.dense.model,
-            model,
-            views,
-            range(len(views) - held_back, len(views)),
-            epochs=recipe.distill_epochs,
-            learning_rate=recipe.distill_lr,
-            batch_size=recipe.batch_size,
-            seed=recipe.seed,
-            labels=_labels(calibrated) if recipe.labels else None,
-            folder=run.folder or Path(temporary),
-        )
+
+        def train(size: int) -> DistillationRecord:
+            model.load_state_dict(start)
+            return distill(
+                calibrated.dense.model,
+                model,
+                views,
+                range(len(views) - held_back, len(views)),
+                epochs=recipe.distill_epochs,
+                learning_rate=recipe.distill_lr,
+                batch_size=recipe.batch_size,
+                seed=recipe.seed,
+                labels=labels,
+                folder=run.folder or Path(temporary),
+                images_at_once=size,
+                gradient_checkpointing=recipe.gradient_checkpointing,
+            )
+
+        record = with_smaller_batches("Distillation", train, recipe.batch_size)
     return asdict(record)
 
 
