@@ -23,7 +23,7 @@ VALUE_OUTPUT_WEIGHT = 2.0
 # An error of the first MLPs costs more than their curves say, since all later blocks see it, and one of the last MLP
 # less, since what it adds to is not exact any more. Chosen as above, after compensation: see README, trials.
 WIDTH_TILT = 0.3
-LAST_WIDTH_WEIGHT = 0.5
+LAST_WIDTH_WEIGHT = 0.25
 
 
 @dataclass(frozen=True)
