@@ -83,8 +83,7 @@ class Calibrated:
 
     def _candidates(self, layer: int) -> BlockCandidates:
         block: Any = self.dense.model.vit.blocks[layer]
-        depth = 2 * layer / max(self.dense.model.config.num_hidden_layers - 1, 1) - 1
-        return block_candidates(block, self.statistics[layer], depth, self.native)
+        return block_candidates(block, self.statistics[layer], self.native)
 
     @cached_property
     def presets(self) -> PresetInputs:

@@ -30,7 +30,6 @@ TRIALS: dict[str, tuple[dict[str, Any], tuple[str, str, Any] | None]] = {
     "closed form, no bypass": ({}, ("rank_plan", "BYPASS_ROUNDS", 0)),
     "closed form, value-output x1": ({}, ("candidates.block", "VALUE_OUTPUT_WEIGHT", 1.0)),
     "closed form, value-output x3": ({}, ("candidates.block", "VALUE_OUTPUT_WEIGHT", 3.0)),
-    "closed form, MLPs alike at all depths": ({}, ("candidates.block", "WIDTH_TILT", 0.0)),
     "closed form, last MLP as the others": ({}, ("candidates.block", "LAST_WIDTH_WEIGHT", 1.0)),
     "closed form, sizes in multiples of 1": ({"rank_multiple": 1}, None),
     "gradient": ({"compensation": "gradient"}, None),
@@ -46,11 +45,12 @@ TRIALS: dict[str, tuple[dict[str, Any], tuple[str, str, Any] | None]] = {
 
 def main(
     source: Annotated[str, typer.Argument(help="Dense ViT or DeiT classifier: a hub id or a folder.")],
-    calibration: Annotated[str, typer.Option(help="Images; a tenth of them is held back to measure on.")],
+    calibration: Annotated[str, typer.Option(help="Images; the last of them are held back to measure on.")],
     output: Annotated[Path, typer.Option(help="Folder for trials.json and trials.md.")],
     reduction: Annotated[float, typer.Option(help="Share of the parameters to remove.")] = 0.6,
     trials: Annotated[str | None, typer.Option(help=f"Separated by semicolons, of: {'; '.join(TRIALS)}.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration images.", min=2)] = 1024,
+    held_back: Annotated[float, typer.Option(help="Share of them to measure on.")] = TRAINING_SHARE,
     device: Annotated[str | None, typer.Option(help="cpu, cuda … (default: the best one here).")] = None,
 ) -> None:
     """Compress by variants of the method and show how far each is from the dense model on held-back images."""
@@ -61,9 +61,9 @@ def main(
     path = output / "trials.json"
     rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     recipe = CompressionRecipe(reduction=reduction, samples=samples)
-    calibrated = calibrate(source, calibration, recipe, hold_back=TRAINING_SHARE, device=device)
+    calibrated = calibrate(source, calibration, recipe, hold_back=held_back, device=device)
     for name in chosen:
-        key = f"{name}, −{100 * reduction:g} %"
+        key = f"−{100 * reduction:g} %, {100 * held_back:g} % held back: {name}"
         if key not in rows:
             fields, change = TRIALS[name]
             with _changed(change):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,10 +19,9 @@ from .value_output import ValueOutputCandidate, value_output_candidate
 # Value-output curves predict too little as well. Chosen on held-back calibration images of DeiT-tiny: at -60 % the KL
 # to the dense model is 2.00, 1.92 and 1.96 nats for factors 1, 2 and 3.
 VALUE_OUTPUT_WEIGHT = 2.0
-# An error of the first MLPs costs more than their curves say, since all later blocks see it, and one of the last MLP
-# less, since what it adds to is not exact any more. Chosen as above, after compensation: see README, trials.
-WIDTH_TILT = 0.3
-LAST_WIDTH_WEIGHT = 0.25
+# Nothing behind the last MLP makes its errors larger, while those of all others end up as several times what their
+# curves say. Chosen as above, after compensation: see README, trials.
+LAST_WIDTH_WEIGHT = 0.2
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class BlockCandidates:
 
     moment_ranks: of the covariances that the images have determined, of contexts and the MLP's inputs.
     down_weight (d, w), mlp_covariance (w + d, w + d) and mlp_metric (d, d) are what bypasses are made from.
-    depth: where the block stands, from -1, the first, to 1. reads_all_tokens: false for the last block only.
+    reads_all_tokens: false for the last block only.
     """
 
     query_key: QueryKeyLayer
@@ -53,22 +51,17 @@ class BlockCandidates:
     mlp_covariance: Tensor
     mlp_metric: Tensor
     reads_all_tokens: bool
-    depth: float
-
-    @property
-    def width_weight(self) -> float:
-        """Factor on the MLP's errors: falling from the first block to the last, which has a factor of its own."""
-        return math.exp(-WIDTH_TILT * self.depth) * (1.0 if self.reads_all_tokens else LAST_WIDTH_WEIGHT)
 
     def curves(self, costs: UnitCosts, query_key_weight: float, multiple: int) -> list[ErrorCurve]:
         """Of query-key, value-output and width, in sizes of a multiple; half a squared gradient is a loss."""
         heads = len(self.query_key.heads)
         query_key = 0.5 * query_key_weight * self.query_key.errors
         value_output = 0.5 * VALUE_OUTPUT_WEIGHT * self.value_output.elimination.errors
+        width = 0.5 * (1.0 if self.reads_all_tokens else LAST_WIDTH_WEIGHT) * self.width.errors
         return [
             ErrorCurve(query_key.numpy(), costs.query_key, smallest=heads, step=multiple),
             ErrorCurve(value_output.numpy(), costs.value_output, step=multiple),
-            ErrorCurve((0.5 * self.width_weight * self.width.errors).numpy(), costs.width, step=multiple),
+            ErrorCurve(width.numpy(), costs.width, step=multiple),
         ]
 
     def bypass(self, width: int) -> BypassCandidate:
@@ -82,13 +75,11 @@ class BlockCandidates:
         """
         if not self.reads_all_tokens or width == len(self.width.order):
             return ErrorCurve(np.zeros(1), costs.bypass, smallest=0)
-        gains = 0.5 * self.width_weight * self.bypass(width).gains.numpy()
+        gains = 0.5 * self.bypass(width).gains.numpy()
         return ErrorCurve(gains.sum() - np.concatenate(([0.0], gains.cumsum())), costs.bypass, smallest=0)
 
 
-def block_candidates(
-    block: LowRankViTBlock, statistics: BlockStatistics, depth: float, even_heads: bool = False
-) -> BlockCandidates:
+def block_candidates(block: LowRankViTBlock, statistics: BlockStatistics, even_heads: bool = False) -> BlockCandidates:
     """Candidates of a block at full rank from its dense statistics; `even_heads`: see `value_output_candidate`.
 
     Moments are per image. The gradients of all tokens are spread evenly over the token weights, so that an error of the
@@ -124,7 +115,6 @@ def block_candidates(
         mlp_covariance=mlp_covariance,
         mlp_metric=mlp_metric,
         reads_all_tokens=mlp_weight > 0,
-        depth=depth,
     )
 
 
