@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from hf_vit_lowrank.checkpoint import save_checkpoint
 from hf_vit_lowrank.images import load_image_processor
 from hf_vit_lowrank.remote.configuration_lowrank_vit import FACTORABLE, FORMAT_VERSION, LowRankViTConfig
-from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification
+from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTAttention, LowRankViTForImageClassification
 
 # One process for all folders, since importing transformers takes seconds. -I leaves out the working directory and
 # PYTHONPATH; the finder also hides an installed package.
@@ -232,16 +233,19 @@ def reference_logits(model: LowRankViTForImageClassification, pixels: torch.Tens
 @torch.no_grad()
 def test_any_plan_computes_what_the_formulas_say(config: LowRankViTConfig):
     pixels = make_pixels(config)
-    fused, eager = make_model(config), make_model(config, "eager")
-    expected = reference_logits(fused, pixels)
+    model, eager = make_model(config), make_model(config, "eager")
+    expected = reference_logits(model, pixels)
+    with patch.object(LowRankViTAttention, "_is_fused", return_value=True):  # as on a GPU
+        fused = model(pixels).logits
     for logits in (
-        fused(pixels).logits,  # the last block for the read tokens only
+        fused,
+        model(pixels).logits,  # the last block for the read tokens only
         eager(pixels).logits,
-        fused(pixels, output_hidden_states=True).logits,  # the last block for all tokens
+        model(pixels, output_hidden_states=True).logits,  # the last block for all tokens
     ):
         torch.testing.assert_close(logits.double(), expected, atol=2e-5, rtol=2e-5)
-    full = fused.vit(pixels).last_hidden_state
-    read = fused.vit(pixels, num_tokens_read=config.num_tokens_read).last_hidden_state
+    full = model.vit(pixels).last_hidden_state
+    read = model.vit(pixels, num_tokens_read=config.num_tokens_read).last_hidden_state
     assert read.shape[1] == config.num_tokens_read
     torch.testing.assert_close(read, full[:, : config.num_tokens_read], atol=1e-5, rtol=1e-5)
 
@@ -335,6 +339,25 @@ def test_newer_format_is_refused(image_processor, tmp_path: Path):
 def test_invalid_plans_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         ragged_config(**fields)
+
+
+def test_an_accelerator_gets_what_its_fused_kernels_want(monkeypatch):
+    """One head size for all, a multiple of 8, rows without gaps, no mask: flash attention asks for these on CUDA."""
+    calls, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(query, key, value, **options):
+        calls.append((query, key, value, options))
+        return attention(query, key, value, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    model = make_model(ragged_config()).to("meta")
+    model(torch.empty(2, 3, 16, 16, device="meta"))
+    assert len(calls) == 2
+    for *heads, options in calls:
+        assert {tensor.shape[-1] % 8 for tensor in heads} == {0}
+        assert len({tensor.shape[-1] for tensor in heads}) == 1
+        assert {tensor.stride(-1) for tensor in heads} == {1}
+        assert "attn_mask" not in options
 
 
 # ------------------------------------------------------------------------------------------- compilers and precisions
