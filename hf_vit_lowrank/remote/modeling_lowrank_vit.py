@@ -179,19 +179,21 @@ class LowRankViTAttention(nn.Module):
     def _head_by_head(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output_attentions: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # Every call costs microseconds, so there are as few as can be; a softmax adds in float32 whatever it is given.
         heads = zip(
             query.split(self.query_key_ranks, -1),
-            key.split(self.query_key_ranks, -1),
+            key.transpose(1, 2).split(self.query_key_ranks, 1),
             value.split(self.value_output_ranks, -1),
             strict=True,
         )
         contexts, attentions = [], []
         for head_query, head_key, head_value in heads:
-            scores = head_query @ head_key.transpose(1, 2)
-            attention = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-            contexts.append(nn.functional.dropout(attention, p=self.dropout, training=self.training) @ head_value)
+            attention = torch.bmm(head_query, head_key).softmax(-1)
             if output_attentions:
                 attentions.append(attention)
+            if self.training and self.dropout:
+                attention = nn.functional.dropout(attention, self.dropout)
+            contexts.append(torch.bmm(attention, head_value))
         return torch.cat(contexts, dim=-1), torch.stack(attentions, dim=1) if output_attentions else None
 
 
