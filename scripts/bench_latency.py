@@ -228,7 +228,7 @@ def _prepared(model: PreTrainedModel, precision: str, device: torch.device) -> n
     return model
 
 
-@torch.inference_mode()
+@torch.no_grad()  # torchao's int8 does not work in inference mode
 def _race(models: list[Any], pixels: torch.Tensor, rounds: int, clock: Callable[[], float]) -> list[list[float]]:
     """Seconds of every run of each model; the models take turns."""
     times: list[list[float]] = [[] for _ in models]
@@ -241,7 +241,7 @@ def _race(models: list[Any], pixels: torch.Tensor, rounds: int, clock: Callable[
     return times
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _peak_bytes(model: nn.Module, pixels: torch.Tensor) -> int:
     """Weights, and the most that the tensors of one forward pass take at once."""
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
