@@ -14,6 +14,7 @@ from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
 
 from hf_vit_lowrank.calibration import calibrate
+from hf_vit_lowrank.candidates.block import LAST_WIDTH_WEIGHT
 from hf_vit_lowrank.checkpoint import load_checkpoint, save_checkpoint
 from hf_vit_lowrank.cli import app
 from hf_vit_lowrank.compress import build, compress
@@ -294,7 +295,8 @@ def test_native_predicted_loss_is_the_sum_of_the_curves(calibrated):
     loss = 0.0
     for block in calibrated.candidates:
         loss += 0.5 * 4.0 * float(block.query_key.even_errors[size])
-        loss += float(block.value_output.elimination.errors[4 * size] + 0.5 * block.width.errors[width])
+        loss += float(block.value_output.elimination.errors[4 * size])
+        loss += 0.5 * (1.0 if block.reads_all_tokens else LAST_WIDTH_WEIGHT) * float(block.width.errors[width])
         assert block.value_output.head_ranks(4 * size) == [size] * 4
     assert result.report["predicted_loss"] == pytest.approx(loss)
 

@@ -19,7 +19,7 @@ from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassif
 from hf_vit_lowrank.run_folder import RunFolder
 
 RECIPE = CompressionRecipe(reduction=0.87, samples=160, compensation="gradient", rank_multiple=1)
-DISTILL = replace(RECIPE, compensation="distill", distill_epochs=15, distill_lr=1e-3)
+DISTILL = replace(RECIPE, compensation="distill", distill_epochs=15, distill_lr=3e-4)
 SHORT = replace(DISTILL, distill_epochs=3)
 
 
@@ -62,7 +62,8 @@ def test_distillation_brings_it_nearer_still(calibrated, trained, distilled):
     before, after = (held_back_divergence(calibrated, one.model) for one in (trained, distilled))
     assert record["kept"]
     assert after < before
-    assert record["after"] == pytest.approx(after, rel=0.05, abs=0.01)  # bfloat16, and the images cut down a little
+    assert record["before"] == pytest.approx(before, rel=1e-6)
+    assert record["after"] == pytest.approx(after, rel=1e-6)
 
 
 def test_the_same_seed_gives_the_same_bits(calibrated, shortly_distilled):

@@ -12,7 +12,6 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +43,6 @@ _CHECKPOINTING = (
 )
 
 
-@dataclass(frozen=True)
-class DistillationRecord:
-    """Divergence from the dense model (nats) on held-back images at the start, and at the best of the evaluated steps;
-    `kept` says whether that beat the start and stayed. curve: (images seen, divergence) of every evaluation."""
-
-    before: float
-    after: float
-    kept: bool
-    curve: list[tuple[int, float]]
-
-
 def distill(
     dense: LowRankViTForImageClassification,
     small: LowRankViTForImageClassification,
@@ -69,13 +57,16 @@ def distill(
     folder: Path,
     images_at_once: int,
     gradient_checkpointing: bool,
-) -> DistillationRecord:
-    """Train `small` in place on random views; the step that was best on the held-back images stays, or the start.
+) -> list[tuple[int, float]]:
+    """Train `small` in place on random views; of the steps evaluated, the start among them, the best on the held-back
+    images stays.
 
     held_back: indices of the images in `views` that nothing is fitted on. labels: the dense model's class for every
     image, to learn from them as well. folder: where the Trainer's checkpoints go; those of a run that died are gone on
     with. images_at_once: of a batch, which the dense model sees whole, so many go through `small` at once.
     gradient_checkpointing: compute the activations of `small` twice and do not keep them.
+
+    Returns (images seen, divergence from the dense model in nats) of every evaluation, in the training's precision.
     """
     chosen = set(held_back)
     fitting = [index for index in range(len(views)) if index not in chosen]
@@ -98,12 +89,10 @@ def distill(
     small.eval()
     # A run that goes on evaluates once more where it stopped.
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
-    before, after = losses[0], min(loss for step, loss in losses.items() if step > 0)
-    if not after < before:
+    if min(losses, key=lambda step: losses[step]) == 0:  # which the Trainer does not keep
         small.load_state_dict(start)
     images = batch_size * arguments.world_size
-    curve = [(images * step, loss) for step, loss in losses.items()]
-    return DistillationRecord(before, after, after < before, curve)
+    return [(images * step, loss) for step, loss in losses.items()]
 
 
 def _arguments(
