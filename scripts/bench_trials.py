@@ -28,6 +28,8 @@ from hf_vit_lowrank.recipe import CompressionRecipe
 TRIALS: dict[str, tuple[dict[str, Any], tuple[str, str, Any] | None]] = {
     "closed form": ({}, None),
     "closed form, no bypass": ({}, ("rank_plan", "BYPASS_ROUNDS", 0)),
+    "closed form, query-key x2": ({"query_key_weight": 2.0}, None),
+    "closed form, query-key x8": ({"query_key_weight": 8.0}, None),
     "closed form, value-output x1": ({}, ("candidates.block", "VALUE_OUTPUT_WEIGHT", 1.0)),
     "closed form, value-output x3": ({}, ("candidates.block", "VALUE_OUTPUT_WEIGHT", 3.0)),
     "closed form, last MLP as the others": ({}, ("candidates.block", "LAST_WIDTH_WEIGHT", 1.0)),
@@ -38,8 +40,15 @@ TRIALS: dict[str, tuple[dict[str, Any], tuple[str, str, Any] | None]] = {
     "gradient, 8 passes": ({"compensation": "gradient"}, ("compensation.gradient", "EPOCHS", 8)),
     "gradient, rate 1e-3": ({"compensation": "gradient"}, ("compensation.gradient", "LEARNING_RATE", 1e-3)),
     "distill, 5 passes": ({"compensation": "distill", "distill_epochs": 5}, None),
-    "distill, 5 passes, rate 1e-5": ({"compensation": "distill", "distill_epochs": 5, "distill_lr": 1e-5}, None),
-    "distill, 20 passes, rate 1e-4": ({"compensation": "distill", "distill_epochs": 20, "distill_lr": 1e-4}, None),
+    "distill, 5 passes, rate 1e-4": ({"compensation": "distill", "distill_epochs": 5, "distill_lr": 1e-4}, None),
+    "distill, 5 passes, random views only": (
+        {"compensation": "distill", "distill_epochs": 5},
+        ("compensation.distill", "PLAIN", 0.0),
+    ),
+    "distill, 5 passes, stream x0.5": (
+        {"compensation": "distill", "distill_epochs": 5},
+        ("compensation.distill", "STREAM_WEIGHT", 0.5),
+    ),
 }
 
 

@@ -301,11 +301,14 @@ def test_what_is_written_wrongly_is_noticed(save, model, tmp_path: Path, monkeyp
         save_file({**state, "classifier.bias": state["classifier.bias"] + 1e-6}, path, metadata=metadata)
 
     monkeypatch.setattr(checkpoint, "save_file", off_by_a_bit)
-    with pytest.raises(RunError, match="other logits than the model in memory"):
+    with pytest.raises(RunError, match="other weights than the model in memory"):
         save(tmp_path / "out")
     monkeypatch.undo()
+    model.vit.blocks[0].mlp.activation = torch.nn.ReLU()
+    with pytest.raises(RunError, match="other logits than the model in memory"):
+        save(tmp_path / "out")
     model.vit.extra = torch.nn.Linear(2, 2)
-    with pytest.raises(RunError, match="parameters where the model has"):
+    with pytest.raises(RunError, match=r"other weights than the model in memory: \['vit.extra.weight"):
         save(tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

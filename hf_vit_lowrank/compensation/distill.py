@@ -1,7 +1,7 @@
 """Train the whole smaller model to do what the dense one does, without labels (design 3.5.3).
 
-Teacher and student see the same random view of an image. The loss is the Kullback-Leibler divergence of their class
-probabilities plus the relative error of the student's stream after every block; labels, if asked for, add a
+Teacher and student see the same image, or the same random view of it. The loss is the Kullback-Leibler divergence of
+their class probabilities plus the relative error of the student's stream after every block; labels, if asked for, add a
 cross-entropy. The training loop is transformers' Trainer: `accelerate launch` spreads it over GPUs. Every view follows
 from the seed and its place in the schedule alone, so that a run that died goes on to the same bits.
 """
@@ -29,10 +29,13 @@ from ..precision import half_precision
 from ..progress import track
 from ..remote.modeling_lowrank_vit import LowRankViTForImageClassification
 
-# Weight of the stream's error beside the divergence of the class probabilities.
-STREAM_WEIGHT = 0.5
-# Mixup: half of the batches are blended with themselves in reverse order, by a share drawn from Beta(0.8, 0.8). Not
-# with labels, which the loss takes as they are.
+# Weight of the stream's error beside the divergence of the class probabilities: with less, what compensation has built
+# is lost first and then found again.
+STREAM_WEIGHT = 5.0
+# Share of the batches that are of images as they are prepared for use; the others are of random views.
+PLAIN = 0.5
+# Mixup: half of the batches of views are blended with themselves in reverse order, by a share drawn from
+# Beta(0.8, 0.8). Not with labels, which the loss takes as they are.
 MIXUP = 0.8
 WARM_UP = 0.1
 EVALUATIONS = 20
@@ -229,8 +232,8 @@ class _Schedule(Dataset[tuple[int, int]]):
 
 
 class _Collator:
-    """(index of an image, place in the schedule) to a batch: a random view of each, or without a place the image as it
-    is prepared for use."""
+    """(index of an image, place in the schedule) to a batch: a random view of each, or the image as it is prepared for
+    use, as always without a place."""
 
     def __init__(self, views: RandomViews, labels: Sequence[int] | None, seed: int):
         self.views, self.labels, self.seed = views, labels, seed
@@ -240,13 +243,16 @@ class _Collator:
         if place is None:
             return {"pixel_values": self.views.plain(indices)}
         random = np.random.default_rng((self.seed, place, 1))
-        pixels = self.views.batch(indices, torch.Generator().manual_seed(int(random.integers(2**62))))
-        if self.labels is not None:
-            return {"pixel_values": pixels, "labels": torch.tensor([self.labels[index] for index in indices])}
-        if random.random() < 0.5:
-            share = random.beta(MIXUP, MIXUP)
-            pixels = share * pixels + (1 - share) * pixels.flip(0)
-        return {"pixel_values": pixels}
+        if random.random() < PLAIN:
+            pixels = self.views.plain(indices)
+        else:
+            pixels = self.views.batch(indices, torch.Generator().manual_seed(int(random.integers(2**62))))
+            if self.labels is None and random.random() < 0.5:
+                share = random.beta(MIXUP, MIXUP)
+                pixels = share * pixels + (1 - share) * pixels.flip(0)
+        if self.labels is None:
+            return {"pixel_values": pixels}
+        return {"pixel_values": pixels, "labels": torch.tensor([self.labels[index] for index in indices])}
 
 
 class _Progress(TrainerCallback):
