@@ -45,9 +45,9 @@ TRIALS: dict[str, tuple[dict[str, Any], tuple[str, str, Any] | None]] = {
         {"compensation": "distill", "distill_epochs": 5},
         ("compensation.distill", "PLAIN", 0.0),
     ),
-    "distill, 5 passes, stream x0.5": (
+    "distill, 5 passes, stream x10": (
         {"compensation": "distill", "distill_epochs": 5},
-        ("compensation.distill", "STREAM_WEIGHT", 0.5),
+        ("compensation.distill", "STREAM_WEIGHT", 5.0),
     ),
 }
 

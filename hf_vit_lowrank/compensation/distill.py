@@ -29,9 +29,8 @@ from ..precision import half_precision
 from ..progress import track
 from ..remote.modeling_lowrank_vit import LowRankViTForImageClassification
 
-# Weight of the stream's error beside the divergence of the class probabilities: with less, what compensation has built
-# is lost first and then found again.
-STREAM_WEIGHT = 5.0
+# Weight of the stream's error beside the divergence of the class probabilities.
+STREAM_WEIGHT = 0.5
 # Share of the batches that are of images as they are prepared for use; the others are of random views.
 PLAIN = 0.5
 # Mixup: half of the batches of views are blended with themselves in reverse order, by a share drawn from
