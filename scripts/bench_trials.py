@@ -39,16 +39,17 @@ TRIALS: dict[str, tuple[dict[str, Any], tuple[str, str, Any] | None]] = {
     "gradient, 1 pass": ({"compensation": "gradient"}, ("compensation.gradient", "EPOCHS", 1)),
     "gradient, 8 passes": ({"compensation": "gradient"}, ("compensation.gradient", "EPOCHS", 8)),
     "gradient, rate 1e-3": ({"compensation": "gradient"}, ("compensation.gradient", "LEARNING_RATE", 1e-3)),
-    "distill, 5 passes": ({"compensation": "distill", "distill_epochs": 5}, None),
-    "distill, 5 passes, rate 1e-4": ({"compensation": "distill", "distill_epochs": 5, "distill_lr": 1e-4}, None),
-    "distill, 5 passes, random views only": (
-        {"compensation": "distill", "distill_epochs": 5},
+    "distill, 2 passes": ({"compensation": "distill", "distill_epochs": 2}, None),
+    "distill, 2 passes, random views only": (
+        {"compensation": "distill", "distill_epochs": 2},
         ("compensation.distill", "PLAIN", 0.0),
     ),
-    "distill, 5 passes, stream x10": (
-        {"compensation": "distill", "distill_epochs": 5},
+    "distill, 2 passes, stream x10": (
+        {"compensation": "distill", "distill_epochs": 2},
         ("compensation.distill", "STREAM_WEIGHT", 5.0),
     ),
+    "distill, 5 passes": ({"compensation": "distill", "distill_epochs": 5}, None),
+    "distill, 5 passes, rate 1e-4": ({"compensation": "distill", "distill_epochs": 5, "distill_lr": 1e-4}, None),
 }
 
 
