@@ -49,10 +49,10 @@ def weight_bytes(source: str, recipe: CompressionRecipe, *, revision: str | None
 
 def check_reachable(dense: DenseSource, recipe: CompressionRecipe) -> None:
     """Before the long work. Raises UserError, with the smallest size, where the recipe asks for less."""
+    multiple = recipe.rank_multiple if recipe.preset == OURS and not recipe.native else 1
     if recipe.preset == OURS:
-        multiple = 1 if recipe.native else recipe.rank_multiple
         smallest = plan_cost(smallest_config(dense.model.config, multiple), recipe.cost, recipe.native)
     else:
         smallest = smallest_parameters(recipe.preset, dense.model)
     if (limit := recipe_limit(dense, recipe)) < smallest:
-        raise unreachable(limit, recipe.cost, smallest)
+        raise unreachable(limit, recipe.cost, smallest, multiple)

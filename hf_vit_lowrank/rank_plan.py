@@ -154,11 +154,12 @@ def budgeted_ranks(
         raise unreachable(limit, cost, fixed + error.smallest_cost) from error
 
 
-def unreachable(limit: int, cost: str, smallest: int) -> UserError:
-    """The error of a limit of parameters or FLOPs below the smallest size that a method can make."""
+def unreachable(limit: int, cost: str, smallest: int, multiple: int = 1) -> UserError:
+    """The error of a limit of parameters or FLOPs below the smallest size that a method can make, in such multiples."""
+    finer = f", or for a --rank-multiple below {multiple}" if multiple > 1 else ""
     return UserError(
         f"At most {limit:,} {cost} cannot be reached: with the smallest sizes of this method the model still has "
-        f"{smallest:,}; ask for at least that."
+        f"{smallest:,}; ask for at least that{finer}."
     )
 
 
