@@ -380,7 +380,8 @@ def checked_architecture(config: dict[str, Any], source: str, supported: Sequenc
     architectures = config.get("architectures")
     architecture = architectures[0] if isinstance(architectures, list) and architectures else "nothing"
     if architecture not in supported:
-        raise UserError(f"'{source}' holds {architecture}; supported are {', '.join(supported)}.")
+        name = architecture if str(architecture).isidentifier() else repr(architecture)  # the file may hold anything
+        raise UserError(f"'{source}' holds {name}; supported are {', '.join(supported)}.")
     _check_sizes(config, source)
     return architecture
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_faults import NAMES, make_pictures, make_source
@@ -128,6 +128,7 @@ def checkpoint(request, tmp_path_factory, image_processor) -> Path:
 
 @settings(QUICK, max_examples=80)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=3), JUNK)
+@example([0, 0], "\n")
 def test_a_damaged_config_json_is_refused_or_loads_and_never_costs_memory(checkpoint, path, junk):
     original = (checkpoint / "config.json").read_text()
     before = _resident_megabytes()
