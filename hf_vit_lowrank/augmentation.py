@@ -1,4 +1,8 @@
-"""Random views of the calibration images: crops and flips, prepared as the checkpoint's image processor does."""
+"""Random views of the calibration images: crops and flips, prepared as the checkpoint's image processor does.
+
+Views are made where the model runs. A crop brought to the model's size is two matrix products, one along the rows and
+one along the columns, with the weights of an antialiased bicubic filter (Keys 1981, a = -1/2) as Pillow has it.
+"""
 
 from __future__ import annotations
 
@@ -6,60 +10,124 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import pad
 
-from .images import LabelledImage
+from .images import LabelledImage, prepare
 
 CROP_AREA = (0.35, 1.0)  # share of the image's area
 CROP_RATIO = (3 / 4, 4 / 3)  # width to height
 # Images are kept at no more than this many times the model's input size, which bounds memory.
 KEPT_SIZE = 1.25
+# Share of the free memory of a GPU that they may take there; more stay outside, and come batch by batch.
+KEPT_SHARE = 0.25
+_SUPPORT = 2.0  # of the bicubic filter, in pixels of the coarser of the two grids
 
 
 class RandomViews:
     """The images of a stream, decoded once and kept small, and random views of them.
 
-    image_processor: scales and normalises the views. size: (height, width) of the model's input, in pixels.
+    image_processor: says how pixels are scaled. size: (height, width) of the model's input, in pixels. device: where
+    views are made.
     """
 
-    def __init__(self, images: Iterable[LabelledImage], image_processor: Any, size: tuple[int, int]):
-        self.image_processor, self.size = image_processor, size
-        self.images: list[Image.Image] = []
+    def __init__(
+        self, images: Iterable[LabelledImage], image_processor: Any, size: tuple[int, int], device: torch.device
+    ):
+        self.size, self.device = size, device
+        self.kept: list[Tensor] = []  # (channels, height, width) as decoded, to crop from
+        self.prepared: list[Tensor] = []  # the same, resized and cropped by the processor
         self.labels: list[int | None] = []
-        for image, label, _ in images:
-            self.images.append(_limited(image, size))
+        unscaled = {"do_rescale": False, "do_normalize": False}
+        for image, label, position in images:
+            self.prepared.append(prepare([image], image_processor, [position], **unscaled)[0])
+            self.kept.append(_pixels(_limited(image, size), channels=len(self.prepared[-1])))
             self.labels.append(label)
+        self.scale, self.shift = _scaling(image_processor, size)
+        if _fit(self.kept + self.prepared, device):
+            self.kept, self.prepared = ([one.to(device) for one in all_] for all_ in (self.kept, self.prepared))
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.kept)
 
     def batch(self, indices: Sequence[int], generator: torch.Generator) -> Tensor:
         """One random view of each image named: float32 (images, channels, height, width)."""
-        views = [self._view(self.images[index], generator) for index in indices]
-        options = {"do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
-        return self.image_processor(images=views, **options)["pixel_values"]
+        images = [self.kept[index].to(self.device) for index in indices]
+        sizes = torch.tensor([image.shape[-2:] for image in images])
+        boxes, flipped = _crops(sizes, torch.rand(len(images), 5, generator=generator))
+        height, width = sizes.amax(0).tolist()
+        stacked = torch.stack([pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images])
+        boxes, sizes, flipped = (values.to(self.device) for values in (boxes, sizes, flipped))
+        rows = _resampling(boxes[:, 0], boxes[:, 2], sizes[:, 0], height, self.size[0])
+        columns = _resampling(boxes[:, 1], boxes[:, 3], sizes[:, 1], width, self.size[1])
+        columns = torch.where(flipped[:, None, None], columns.flip(1), columns)
+        views = rows.unsqueeze(1) @ stacked.float() @ columns.mT.unsqueeze(1)
+        return self._scaled(views.clamp_(0, 255))
 
     def plain(self, indices: Sequence[int]) -> Tensor:
         """The images named as the processor prepares them: float32 (images, channels, height, width)."""
-        images = [self.images[index] for index in indices]
-        return self.image_processor(images=images, return_tensors="pt")["pixel_values"]
+        return self._scaled(torch.stack([self.prepared[index].to(self.device) for index in indices]).float())
 
-    def _view(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
-        area, shape, left, top, flip = torch.rand(5, generator=generator).tolist()
-        width, height = image.size
-        ratio = math.exp(math.log(CROP_RATIO[0]) + shape * (math.log(CROP_RATIO[1]) - math.log(CROP_RATIO[0])))
-        pixels = width * height * (CROP_AREA[0] + area * (CROP_AREA[1] - CROP_AREA[0]))
-        crop_width, crop_height = min(math.sqrt(pixels * ratio), width), min(math.sqrt(pixels / ratio), height)
-        x, y = left * (width - crop_width), top * (height - crop_height)
-        box = (x, y, x + crop_width, y + crop_height)
-        view = image.resize(self.size[::-1], Image.Resampling.BICUBIC, box=box)
-        return view.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip < 0.5 else view
+    def _scaled(self, pixels: Tensor) -> Tensor:
+        return pixels * self.scale.to(self.device) + self.shift.to(self.device)
+
+
+def _scaling(image_processor: Any, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """What the processor does to 8-bit pixels that need no resizing: factor and summand (channels, 1, 1)."""
+    ends = [Image.new("RGB", size[::-1], (value,) * 3) for value in (0, 255)]
+    black, white = prepare(ends, image_processor, [0, 1], do_resize=False, do_center_crop=False)[:, :, :1, :1]
+    return (white - black) / 255, black
 
 
 def _limited(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     scale = KEPT_SIZE * max(size) / min(image.size)
     if scale >= 1:
-        return image.copy()
+        return image
     return image.resize((round(scale * image.width), round(scale * image.height)), Image.Resampling.BICUBIC)
+
+
+def _pixels(image: Image.Image, channels: int) -> Tensor:
+    """8-bit (channels, height, width)."""
+    pixels = np.array(image if channels == 3 else image.convert("L"))
+    return torch.from_numpy(pixels).reshape(image.height, image.width, channels).permute(2, 0, 1).contiguous()
+
+
+def _fit(images: Iterable[Tensor], device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    needed = sum(image.numel() * image.element_size() for image in images)
+    return needed < KEPT_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def _crops(sizes: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes (images, 4), each top, left, height and width in pixels, and which are flipped, from sizes (images, 2) and
+    uniform draws (images, 5)."""
+    area, shape, left, top, flip = draws.unbind(1)
+    height, width = sizes.unbind(1)
+    ratio = torch.exp(math.log(CROP_RATIO[0]) + shape * math.log(CROP_RATIO[1] / CROP_RATIO[0]))
+    pixels = height * width * (CROP_AREA[0] + area * (CROP_AREA[1] - CROP_AREA[0]))
+    crop_height, crop_width = (pixels / ratio).sqrt().minimum(height), (pixels * ratio).sqrt().minimum(width)
+    boxes = torch.stack((top * (height - crop_height), left * (width - crop_width), crop_height, crop_width), 1)
+    return boxes, flip < 0.5
+
+
+def _resampling(start: Tensor, length: Tensor, limit: Tensor, inputs: int, outputs: int) -> Tensor:
+    """Weights (images, outputs, inputs) that bring the pixels of an interval to `outputs` pixels, one interval each.
+
+    start, length: of the intervals, in pixels. limit: pixels at and after it are padding and get no weight.
+    """
+    start, length, limit = (values[:, None, None] for values in (start, length, limit))
+    step = length / outputs
+    centres = start + (torch.arange(outputs, device=start.device)[:, None] + 0.5) * step
+    places = torch.arange(inputs, device=start.device)
+    weights = _cubic((places + 0.5 - centres) / step.clamp_min(1.0)).masked_fill_(places >= limit, 0.0)
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def _cubic(distance: Tensor) -> Tensor:
+    x = distance.abs()
+    near, far = (1.5 * x - 2.5) * x * x + 1, ((-0.5 * x + 2.5) * x - 4) * x + 2
+    return torch.where(x < 1, near, torch.where(x < _SUPPORT, far, torch.zeros_like(x)))

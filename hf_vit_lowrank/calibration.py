@@ -95,7 +95,8 @@ class Calibrated:
     @cached_property
     def views(self) -> RandomViews:
         """All images, the held-back ones last; decoded when first asked for."""
-        return RandomViews(self.images, self.dense.image_processor, pair(self.dense.model.config.image_size))
+        model = self.dense.model
+        return RandomViews(self.images, self.dense.image_processor, pair(model.config.image_size), model.device)
 
 
 def training_share(recipe: CompressionRecipe) -> float:

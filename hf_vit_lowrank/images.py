@@ -597,19 +597,23 @@ def pixel_batches(stream: Iterable[LabelledImage], image_processor: Any, batch_s
 def _pixel_batches(images: Iterator[LabelledImage], image_processor: Any, batch_size: int) -> Iterator[PixelBatch]:
     while batch := list(islice(images, batch_size)):
         positions = [item.position for item in batch]
-        pixels = _prepare([item.image for item in batch], image_processor, positions)
+        pixels = prepare([item.image for item in batch], image_processor, positions).float()
         for finite, position in zip(pixels.isfinite().flatten(1).all(1).tolist(), positions, strict=True):
             if not finite:
                 raise UserError(f"image {position}: the image processor gives pixels that are NaN or infinite.")
         yield PixelBatch(pixels, [item.label for item in batch], positions)
 
 
-def _prepare(images: list[Image.Image], image_processor: Any, positions: list[int]) -> torch.Tensor:
+def prepare(images: list[Image.Image], image_processor: Any, positions: list[int], **options: Any) -> torch.Tensor:
+    """What the processor makes of images, (images, channels, height, width); options: of its call.
+
+    Raises UserError, which names the positions, where it fails.
+    """
     mean = getattr(image_processor, "image_mean", None)
     if isinstance(mean, (list, tuple)) and len(mean) == 1:  # a model of grayscale images
         images = [image.convert("L") for image in images]
     try:
-        return image_processor(images=images, return_tensors="pt")["pixel_values"].float()
+        return image_processor(images=images, return_tensors="pt", **options)["pixel_values"]
     except ValueError as error:
         raise UserError(
             f"images {positions[0]} to {positions[-1]}: the image processor fails, most often because it does not "

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from transformers import ViTImageProcessor
 
-from hf_vit_lowrank.augmentation import KEPT_SIZE, RandomViews
+from hf_vit_lowrank.augmentation import KEPT_SIZE, RandomViews, _resampling
 from hf_vit_lowrank.calibration import calibrate, held_back_divergence
 from hf_vit_lowrank.checkpoint import load_checkpoint
 from hf_vit_lowrank.compensation.gradient import compensate_gradient
 from hf_vit_lowrank.compress import build
 from hf_vit_lowrank.errors import UserError
-from hf_vit_lowrank.images import open_images
+from hf_vit_lowrank.images import LabelledImage, open_images
 from hf_vit_lowrank.recipe import CompressionRecipe
 from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification
 from hf_vit_lowrank.run_folder import RunFolder
@@ -118,11 +121,15 @@ def test_labels_that_are_missing_are_named(digits_model, digits_data, tmp_path):
         build(calibrated, recipe)
 
 
-def test_views_are_crops_of_the_image_and_follow_their_seed(digits_model, digits_data, calibrated):
+@pytest.fixture
+def views(digits_data, calibrated):
     images = open_images(str(digits_data.calibration), samples=4, seed=0)
-    views = RandomViews(images, calibrated.dense.image_processor, (16, 16))
+    return RandomViews(images, calibrated.dense.image_processor, (16, 16), torch.device("cpu"))
+
+
+def test_views_are_crops_of_the_image_and_follow_their_seed(views):
     assert len(views) == 4
-    assert max(min(image.size) for image in views.images) <= KEPT_SIZE * 16
+    assert max(min(image.shape[1:]) for image in views.kept) <= KEPT_SIZE * 16
     first, again = (views.batch([0, 1], torch.Generator().manual_seed(3)) for _ in range(2))
     assert torch.equal(first, again)
     assert first.shape == (2, 3, 16, 16)
@@ -130,6 +137,32 @@ def test_views_are_crops_of_the_image_and_follow_their_seed(digits_model, digits
     whole = views.plain([0, 1])
     assert first.min() >= whole.min() - 0.5  # bicubic overshoots a little
     assert first.max() <= whole.max() + 0.5
+
+
+def test_plain_views_are_what_the_processor_makes(views, digits_data, calibrated):
+    images = [item.image for item in open_images(str(digits_data.calibration), samples=4, seed=0)]
+    prepared = calibrated.dense.image_processor(images=images, return_tensors="pt")["pixel_values"]
+    assert torch.allclose(views.plain(range(4)), prepared, atol=1e-6)
+
+
+@pytest.mark.parametrize(("start", "length"), [(0.0, 40.0), (3.7, 30.2), (11.5, 9.0)])
+def test_resampling_is_that_of_pillow(start, length):
+    pixels = np.random.default_rng(0).uniform(100, 150, (1, 40)).astype(np.float32)  # overshoots nothing
+    expected = Image.fromarray(pixels).resize((16, 1), Image.Resampling.BICUBIC, box=(start, 0, start + length, 1))
+    places = [torch.tensor([value]) for value in (start, length, 40)]
+    weights = _resampling(*places, inputs=48, outputs=16)
+    assert torch.allclose(weights[0, :, :40] @ torch.from_numpy(pixels[0]), torch.from_numpy(np.array(expected)[0]))
+    assert not weights[..., 40:].any()
+
+
+def test_a_grayscale_model_gets_grayscale_views():
+    processor = ViTImageProcessor(size={"height": 8, "width": 8}, image_mean=[0.5], image_std=[0.5])
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 9, 3), dtype=np.uint8))
+    views = RandomViews([LabelledImage(image, None, 0)], processor, (8, 8), torch.device("cpu"))
+    assert views.batch([0, 0], torch.Generator().manual_seed(0)).shape == (2, 1, 8, 8)
+    assert torch.allclose(
+        views.plain([0]), processor(images=[image.convert("L")], return_tensors="pt")["pixel_values"], atol=1e-6
+    )
 
 
 def test_distillation_goes_on_with_parts_of_a_batch_where_memory_is_short(

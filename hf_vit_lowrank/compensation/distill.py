@@ -33,8 +33,9 @@ from ..remote.modeling_lowrank_vit import LowRankViTForImageClassification
 STREAM_WEIGHT = 0.5
 # Share of the batches that are of images as they are prepared for use; the others are of random views.
 PLAIN = 0.5
-# Mixup: half of the batches of views are blended with themselves in reverse order, by a share drawn from
-# Beta(0.8, 0.8). Not with labels, which the loss takes as they are.
+# Mixup: this share of the batches of views are blended with themselves in reverse order, by a share drawn from
+# Beta(MIXUP, MIXUP). Not with labels, which the loss takes as they are.
+MIXED = 0.5
 MIXUP = 0.8
 WARM_UP = 0.1
 EVALUATIONS = 20
@@ -122,8 +123,7 @@ def _arguments(
         remove_unused_columns=False,
         label_names=[],
         seed=seed,
-        # On a GPU the views are made by other processes meanwhile; on a CPU they would fight for the same cores.
-        dataloader_num_workers=0 if device.type == "cpu" else 8,
+        dataloader_pin_memory=False,  # the views are made on the device
     )
     steps = -(-views // (batch_size * arguments.world_size))
     arguments.warmup_steps = int(WARM_UP * steps)
@@ -160,18 +160,21 @@ class _Distiller(Trainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         images, total = len(inputs["pixel_values"]), torch.zeros((), device=self.args.device)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self._precision():
             teacher = self.teacher(inputs["pixel_values"], output_hidden_states=True)
         for start in range(0, images, self.images_at_once):
             part = slice(start, start + self.images_at_once)
             last = start + self.images_at_once >= images
             # The gradients of several processes are added up once.
             with nullcontext() if last else self.accelerator.no_sync(model):
-                with self.compute_loss_context_manager():
-                    loss = self._loss(model, inputs, teacher, part) * (len(inputs["pixel_values"][part]) / images)
+                loss = self._loss(model, inputs, teacher, part) * (len(inputs["pixel_values"][part]) / images)
                 self.accelerator.backward(loss)
             total += loss.detach()
         return total
+
+    def _precision(self) -> torch.autocast:
+        """That of the training, for the teacher: accelerate sees to it for the student alone."""
+        return torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.args.bf16)
 
     def _loss(self, model: nn.Module, inputs: dict[str, Any], teacher: Any, part: slice) -> Tensor:
         student = model(inputs["pixel_values"][part], output_hidden_states=True)
@@ -194,7 +197,7 @@ class _Distiller(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
         pixels = self._prepare_inputs(inputs)["pixel_values"]
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad(), self._precision():
             return _divergence(model(pixels).logits, self.teacher(pixels).logits), None, None
 
 
@@ -246,7 +249,7 @@ class _Collator:
             pixels = self.views.plain(indices)
         else:
             pixels = self.views.batch(indices, torch.Generator().manual_seed(int(random.integers(2**62))))
-            if self.labels is None and random.random() < 0.5:
+            if self.labels is None and random.random() < MIXED:
                 share = random.beta(MIXUP, MIXUP)
                 pixels = share * pixels + (1 - share) * pixels.flip(0)
         if self.labels is None:

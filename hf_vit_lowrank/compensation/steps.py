@@ -123,12 +123,12 @@ def _train_blocks(
 @torch.no_grad()
 def _view_embeddings(calibrated: Calibrated, recipe: CompressionRecipe) -> list[Tensor]:
     """VIEWS random views of every image that may be fitted on, embedded."""
-    embed, device = calibrated.dense.model.vit.embeddings, calibrated.dense.model.device
+    embed = calibrated.dense.model.vit.embeddings
     fitting = int(processes.total(sum(map(len, calibrated.fitting))))
     images = processes.share(torch.arange(fitting).repeat(VIEWS).split(recipe.batch_size))
     generator = torch.Generator().manual_seed(recipe.seed + processes.index())
     return [
-        embed(calibrated.views.batch(chosen.tolist(), generator).to(device)).cpu()
+        embed(calibrated.views.batch(chosen.tolist(), generator)).cpu()
         for chosen in track(images, "Views", sum(map(len, images)), size=len)
     ]
 
@@ -164,7 +164,7 @@ def _distill(
             )
 
         curve = with_smaller_batches("Distillation", train, recipe.batch_size)
-    # The Trainer judges in its own precision and on images kept small.
+    # The Trainer judges in its own precision.
     after = held_back_divergence(calibrated, model)
     if not after < before:
         model.load_state_dict(start)
