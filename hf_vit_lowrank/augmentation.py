@@ -17,13 +17,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from .images import LabelledImage, prepare
+from .memory import near
 
 CROP_AREA = (0.35, 1.0)  # share of the image's area
 CROP_RATIO = (3 / 4, 4 / 3)  # width to height
 # Images are kept at no more than this many times the model's input size, which bounds memory.
 KEPT_SIZE = 1.25
-# Share of the free memory of a GPU that they may take there; more stay outside, and come batch by batch.
-KEPT_SHARE = 0.25
 _SUPPORT = 2.0  # of the bicubic filter, in pixels of the coarser of the two grids
 
 
@@ -38,17 +37,15 @@ class RandomViews:
         self, images: Iterable[LabelledImage], image_processor: Any, size: tuple[int, int], device: torch.device
     ):
         self.size, self.device = size, device
-        self.kept: list[Tensor] = []  # (channels, height, width) as decoded, to crop from
-        self.prepared: list[Tensor] = []  # the same, resized and cropped by the processor
+        kept, prepared = [], []  # (channels, height, width): to crop from, and as the processor resizes them
         self.labels: list[int | None] = []
         unscaled = {"do_rescale": False, "do_normalize": False}
         for image, label, position in images:
-            self.prepared.append(prepare([image], image_processor, [position], **unscaled)[0])
-            self.kept.append(_pixels(_limited(image, size), channels=len(self.prepared[-1])))
+            prepared.append(prepare([image], image_processor, [position], **unscaled)[0])
+            kept.append(_pixels(_limited(image, size), channels=len(prepared[-1])))
             self.labels.append(label)
         self.scale, self.shift = _scaling(image_processor, size)
-        if _fit(self.kept + self.prepared, device):
-            self.kept, self.prepared = ([one.to(device) for one in all_] for all_ in (self.kept, self.prepared))
+        self.kept, self.prepared = near(kept, device), near(prepared, device)
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -93,13 +90,6 @@ def _pixels(image: Image.Image, channels: int) -> Tensor:
     """8-bit (channels, height, width)."""
     pixels = np.array(image if channels == 3 else image.convert("L"))
     return torch.from_numpy(pixels).reshape(image.height, image.width, channels).permute(2, 0, 1).contiguous()
-
-
-def _fit(images: Iterable[Tensor], device: torch.device) -> bool:
-    if device.type != "cuda":
-        return False
-    needed = sum(image.numel() * image.element_size() for image in images)
-    return needed < KEPT_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
 def _crops(sizes: Tensor, draws: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from .errors import UserError
 from .rank_plan import num_tokens, plan_cost
@@ -14,6 +18,8 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _PROGRAM = 10**9
 # Matrices of an MLP's moments that choosing its units, its bypass or its refit has at hand at once: measured.
 _WORKING_MATRICES = 10
+# Of the free memory of a GPU that data may take which could as well come batch by batch.
+_NEAR_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -82,3 +88,10 @@ def _activation_bytes(config: LowRankViTConfig) -> int:
     tokens, hidden = num_tokens(config), config.hidden_size
     scores = 3 * config.num_attention_heads * tokens**2
     return 4 * (tokens * (2 * config.intermediate_size + 14 * hidden) + scores)
+
+
+def near(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
+    """The tensors on a GPU if there is plenty of room for them all, else as they are."""
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    return [tensor.to(device) for tensor in tensors] if needed < _NEAR_SHARE * room else list(tensors)

@@ -184,14 +184,14 @@ class _Distiller(Trainer):
             loss = loss + cross_entropy(student.logits.float(), labels[part])
         return loss
 
-    def _stream_error(self, student: Sequence[Tensor], teacher: Sequence[Tensor], part: slice) -> Tensor:
+    def _stream_error(self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], part: slice) -> Tensor:
         """Mean over blocks, of a part of the batch; behind the last one only the tokens read matter."""
-        num_read, last = self.teacher.config.num_tokens_read, len(teacher) - 1
-        errors = []
-        for block, (ours, theirs) in enumerate(zip(student, teacher, strict=True)):
-            tokens = slice(num_read if block == last else None)
-            errors.append(_relative_error(ours[:, tokens].float(), theirs[:, tokens].float(), part, num_read))
-        return torch.stack(errors).mean()
+        num_read = self.teacher.config.num_tokens_read
+        pairs = [(student[-1][None, :, :num_read], teacher[-1][None, :, :num_read])]
+        if len(student) > 1:
+            pairs.append((torch.stack(student[:-1]), torch.stack(teacher[:-1])))
+        errors = [_relative_errors(ours.float(), theirs.float(), part, num_read) for ours, theirs in pairs]
+        return torch.cat(errors).mean()
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
@@ -207,13 +207,13 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
     return kl_div(student, teacher, log_target=True, reduction="batchmean")
 
 
-def _relative_error(student: Tensor, teacher: Tensor, part: slice, num_read: int) -> Tensor:
+def _relative_errors(student: Tensor, teacher: Tensor, part: slice, num_read: int) -> Tensor:
     """Mean squared error of a part of the batch, relative to the variance of the whole batch of the teacher: that of
-    the tokens read plus half that of all tokens."""
-    errors, read = (student - teacher[part]).square(), teacher[:, :num_read]
-    scale = read.var(0, correction=0).mean().clamp_min(SMALLEST_VARIANCE)
-    all_scale = teacher.var((0, 1), correction=0).mean().clamp_min(SMALLEST_VARIANCE)
-    return errors[:, :num_read].mean() / scale + 0.5 * errors.mean() / all_scale
+    the tokens read plus half that of all tokens. (blocks, images, tokens, d) both; one error a block."""
+    errors, read = (student - teacher[:, part]).square(), teacher[:, :, :num_read]
+    scale = read.var(1, correction=0).mean((1, 2)).clamp_min(SMALLEST_VARIANCE)
+    all_scale = teacher.var((1, 2), correction=0).mean(1).clamp_min(SMALLEST_VARIANCE)
+    return errors[:, :, :num_read].mean((1, 2, 3)) / scale + 0.5 * errors.mean((1, 2, 3)) / all_scale
 
 
 class _Schedule(Dataset[tuple[int, int]]):

@@ -18,6 +18,7 @@ from torch import Tensor
 from .. import processes
 from ..candidates.block import output_metric
 from ..linalg import square_root
+from ..memory import near
 from ..precision import half_precision
 from ..progress import track
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
@@ -133,7 +134,7 @@ def _descend(
 ) -> None:
     device = next(block.parameters()).device
     size, generator = len(inputs[0]), torch.Generator().manual_seed(seed)
-    all_inputs, all_targets = torch.cat(inputs), torch.cat(targets)
+    all_inputs, all_targets = near([torch.cat(inputs), torch.cat(targets)], device)
     counts = processes.gather(len(all_inputs))
     first = sum(counts[: processes.index()])
     steps = EPOCHS * -(-sum(counts) // size)

@@ -86,18 +86,22 @@ class LowRankViTEmbeddings(nn.Module):
 
 def split_heads(states: torch.Tensor, ranks: list[int], size: int) -> torch.Tensor:
     """(batch, tokens, sum of ranks) to (batch, heads, tokens, size), shorter heads filled up with zeros."""
-    if all(rank == size for rank in ranks):
-        return states.unflatten(-1, (len(ranks), size)).transpose(1, 2)
-    # One row after the other: kernels take heads with strides, and a copy along rows is the cheapest.
-    heads = [nn.functional.pad(head, (0, size - head.shape[-1])) for head in states.split(ranks, dim=-1)]
-    return torch.cat(heads, dim=-1).unflatten(-1, (len(ranks), size)).transpose(1, 2)
+    if any(rank != size for rank in ranks):
+        # One concatenation for all heads: on a GPU every call costs more than what it does.
+        gaps = [size - rank for rank in ranks]
+        zeros = states.new_zeros(1).expand(*states.shape[:-1], sum(gaps)).split(gaps, dim=-1)
+        heads = states.split(ranks, dim=-1)
+        states = torch.cat([part for filled in zip(heads, zeros, strict=True) for part in filled], dim=-1)
+    return states.unflatten(-1, (len(ranks), size)).transpose(1, 2)
 
 
 def merge_heads(context: torch.Tensor, ranks: list[int]) -> torch.Tensor:
     """The way back: (batch, heads, tokens, size) to (batch, tokens, sum of ranks)."""
-    if all(rank == context.shape[-1] for rank in ranks):
-        return context.transpose(1, 2).flatten(2)
-    return torch.cat([context[:, head, :, :rank] for head, rank in enumerate(ranks)], dim=-1)
+    size, states = context.shape[-1], context.transpose(1, 2).flatten(2)
+    if all(rank == size for rank in ranks):
+        return states
+    parts = states.split([width for rank in ranks for width in (rank, size - rank)], dim=-1)
+    return torch.cat(parts[::2], dim=-1)
 
 
 def make_linear(inputs: int, outputs: int, rank: int | None, bias: bool = True) -> Any:
@@ -144,11 +148,10 @@ class LowRankViTAttention(nn.Module):
         self, hidden_states: torch.Tensor, num_queries: int | None = None, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the output weight reads, the attention-averaged values: (batch, queries, sum of value-output ranks)."""
-        query = self.query(hidden_states[:, :num_queries])
-        key, value = self._keys_and_values(hidden_states)
+        query, key_value = self.query(hidden_states[:, :num_queries]), self._keys_and_values(hidden_states)
         if self._is_fused(query.device, output_attentions):
-            return self._fused(query, key, value), None
-        return self._head_by_head(query, key, value, output_attentions)
+            return self._fused(query, key_value), None
+        return self._head_by_head(query, key_value, output_attentions)
 
     def _is_fused(self, device: torch.device, output_attentions: bool) -> bool:
         """Whether a fused kernel does it. A processor is faster head by head than with heads filled up to one size."""
@@ -156,29 +159,30 @@ class LowRankViTAttention(nn.Module):
             return False
         return device.type != "cpu" or len({*self.query_key_ranks, *self.value_output_ranks}) == 1
 
-    def _keys_and_values(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _keys_and_values(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Side by side: (batch, tokens, sum of both kinds of ranks)."""
         if self.separate:
-            return self.key(hidden_states), self.value(hidden_states)
-        sizes = [sum(self.query_key_ranks), sum(self.value_output_ranks)]
-        key, value = self.key_value(hidden_states).split(sizes, dim=-1)
-        return key, value
+            return torch.cat((self.key(hidden_states), self.value(hidden_states)), dim=-1)
+        return self.key_value(hidden_states)
 
-    def _fused(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _fused(self, query: torch.Tensor, key_value: torch.Tensor) -> torch.Tensor:
         # The fused kernels want one head size for all three, a multiple of 8 on most devices.
-        size = max(self.query_key_ranks + self.value_output_ranks)
-        size = -(-size // 8) * 8
+        ranks = self.query_key_ranks + self.value_output_ranks
+        size = -(-max(ranks) // 8) * 8
+        key, value = split_heads(key_value, ranks, size).chunk(2, dim=1)
         context = nn.functional.scaled_dot_product_attention(
             split_heads(query, self.query_key_ranks, size),
-            split_heads(key, self.query_key_ranks, size),
-            split_heads(value, self.value_output_ranks, size),
+            key,
+            value,
             dropout_p=self.dropout if self.training else 0.0,
             scale=1.0,
         )
         return merge_heads(context, self.value_output_ranks)
 
     def _head_by_head(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, output_attentions: bool
+        self, query: torch.Tensor, key_value: torch.Tensor, output_attentions: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        key, value = key_value.split([sum(self.query_key_ranks), sum(self.value_output_ranks)], dim=-1)
         # Every call costs microseconds, so there are as few as can be; a softmax adds in float32 whatever it is given.
         heads = zip(
             query.split(self.query_key_ranks, -1),
