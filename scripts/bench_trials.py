@@ -1,7 +1,7 @@
 """Trials of the method, judged on calibration images that nothing is fitted on: what is built in, and what is not.
 
-A trial changes the recipe or one constant. Writes trials.json and trials.md into OUTPUT; a finished trial is not run
-again.
+A trial changes the recipe or constants of the method. Writes trials.json and trials.md into OUTPUT; a finished trial is
+not run again.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
+from unittest.mock import patch
 
 import datasets
 import transformers
@@ -24,32 +25,39 @@ from hf_vit_lowrank.compress import build
 from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.recipe import CompressionRecipe
 
-# Trial: what differs in the recipe, and the constant that differs.
-TRIALS: dict[str, tuple[dict[str, Any], tuple[str, str, Any] | None]] = {
-    "closed form": ({}, None),
-    "closed form, no bypass": ({}, ("rank_plan", "BYPASS_ROUNDS", 0)),
-    "closed form, query-key x2": ({"query_key_weight": 2.0}, None),
-    "closed form, query-key x8": ({"query_key_weight": 8.0}, None),
-    "closed form, value-output x1": ({}, ("candidates.block", "VALUE_OUTPUT_WEIGHT", 1.0)),
-    "closed form, value-output x3": ({}, ("candidates.block", "VALUE_OUTPUT_WEIGHT", 3.0)),
-    "closed form, last MLP as the others": ({}, ("candidates.block", "LAST_WIDTH_WEIGHT", 1.0)),
-    "closed form, sizes in multiples of 1": ({"rank_multiple": 1}, None),
-    "gradient": ({"compensation": "gradient"}, None),
-    "gradient, no random views": ({"compensation": "gradient"}, ("compensation.steps", "VIEWS", 0)),
-    "gradient, 1 pass": ({"compensation": "gradient"}, ("compensation.gradient", "EPOCHS", 1)),
-    "gradient, 8 passes": ({"compensation": "gradient"}, ("compensation.gradient", "EPOCHS", 8)),
-    "gradient, rate 1e-3": ({"compensation": "gradient"}, ("compensation.gradient", "LEARNING_RATE", 1e-3)),
-    "distill, 2 passes": ({"compensation": "distill", "distill_epochs": 2}, None),
+Constant = tuple[str, str, Any]
+# Trial: what differs in the recipe, and the constants that differ.
+TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
+    "closed form": ({}, []),
+    "closed form, no bypass": ({}, [("rank_plan", "BYPASS_ROUNDS", 0)]),
+    "closed form, query-key x2": ({"query_key_weight": 2.0}, []),
+    "closed form, query-key x8": ({"query_key_weight": 8.0}, []),
+    "closed form, value-output x1": ({}, [("candidates.block", "VALUE_OUTPUT_WEIGHT", 1.0)]),
+    "closed form, value-output x3": ({}, [("candidates.block", "VALUE_OUTPUT_WEIGHT", 3.0)]),
+    "closed form, last MLP as the others": ({}, [("candidates.block", "LAST_WIDTH_WEIGHT", 1.0)]),
+    "closed form, sizes in multiples of 1": ({"rank_multiple": 1}, []),
+    "gradient": ({"compensation": "gradient"}, []),
+    "gradient, no random views": ({"compensation": "gradient"}, [("compensation.steps", "VIEWS", 0)]),
+    "gradient, 1 pass": ({"compensation": "gradient"}, [("compensation.gradient", "EPOCHS", 1)]),
+    "gradient, 8 passes": ({"compensation": "gradient"}, [("compensation.gradient", "EPOCHS", 8)]),
+    "gradient, no bypass": ({"compensation": "gradient"}, [("rank_plan", "BYPASS_ROUNDS", 0)]),
+    "gradient, 5 views and 2 passes": (
+        {"compensation": "gradient"},
+        [("compensation.steps", "VIEWS", 5), ("compensation.gradient", "EPOCHS", 2)],
+    ),
+    "gradient, crops from 15 %": ({"compensation": "gradient"}, [("augmentation", "CROP_AREA", (0.15, 1.0))]),
+    "gradient, rate 1e-3": ({"compensation": "gradient"}, [("compensation.gradient", "LEARNING_RATE", 1e-3)]),
+    "distill, 2 passes": ({"compensation": "distill", "distill_epochs": 2}, []),
     "distill, 2 passes, random views only": (
         {"compensation": "distill", "distill_epochs": 2},
-        ("compensation.distill", "PLAIN", 0.0),
+        [("compensation.distill", "PLAIN", 0.0)],
     ),
     "distill, 2 passes, stream x10": (
         {"compensation": "distill", "distill_epochs": 2},
-        ("compensation.distill", "STREAM_WEIGHT", 5.0),
+        [("compensation.distill", "STREAM_WEIGHT", 5.0)],
     ),
-    "distill, 5 passes": ({"compensation": "distill", "distill_epochs": 5}, None),
-    "distill, 5 passes, rate 1e-4": ({"compensation": "distill", "distill_epochs": 5, "distill_lr": 1e-4}, None),
+    "distill, 5 passes": ({"compensation": "distill", "distill_epochs": 5}, []),
+    "distill, 5 passes, rate 1e-4": ({"compensation": "distill", "distill_epochs": 5, "distill_lr": 1e-4}, []),
 }
 
 
@@ -75,8 +83,8 @@ def main(
     for name in chosen:
         key = f"−{100 * reduction:g} %, {100 * held_back:g} % held back: {name}"
         if key not in rows:
-            fields, change = TRIALS[name]
-            with _changed(change):
+            fields, constants = TRIALS[name]
+            with _changed(constants):
                 result = build(calibrated, replace(recipe, **fields))
             rows[key] = {
                 "divergence": held_back_divergence(calibrated, result.model),
@@ -90,18 +98,12 @@ def main(
 
 
 @contextmanager
-def _changed(change: tuple[str, str, Any] | None) -> Iterator[None]:
-    """One constant of the package with another value."""
-    if change is None:
+def _changed(constants: list[Constant]) -> Iterator[None]:
+    """Constants of the package with other values."""
+    with ExitStack() as stack:
+        for module, name, value in constants:
+            stack.enter_context(patch.object(import_module(f"hf_vit_lowrank.{module}"), name, value))
         yield
-        return
-    module, name, value = import_module(f"hf_vit_lowrank.{change[0]}"), *change[1:]
-    before = getattr(module, name)
-    setattr(module, name, value)
-    try:
-        yield
-    finally:
-        setattr(module, name, before)
 
 
 def _table(rows: dict[str, Any]) -> str:
