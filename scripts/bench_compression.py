@@ -1,8 +1,8 @@
 """What compressing costs, in forward passes of the dense model over the same images, and its peak memory.
 
 The models have the shapes of DeiT and ViT and random weights, the images are noise: neither changes the work. Each
-shape runs in a process of its own. Writes compression.json and compression.md into OUTPUT. The large ones on a small
-machine:
+shape runs in a process of its own, or in several that share the work as under `accelerate launch`. Writes
+compression.json and compression.md into OUTPUT. The large ones on a small machine:
 
     python scripts/bench_compression.py --output OUTPUT --shapes vit-large --images 64 --memory-limit 12GB
     python scripts/bench_compression.py --output OUTPUT --shapes vit-huge --images 64 --memory-limit 20GB
@@ -11,13 +11,14 @@ machine:
 from __future__ import annotations
 
 import json
-import multiprocessing
+import os
 import resource
+import socket
 import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,6 +48,7 @@ SHAPES = {
 STAGES = ("images", "statistics", "candidates", "surgery", "compensation")
 BATCH_SIZE = 32
 FORWARD_BATCHES = 3
+_RESULT = "measured.json"
 
 
 def main(
@@ -57,21 +59,21 @@ def main(
     compensation: Annotated[str, typer.Option(help="Of the recipe.")] = "closed-form",
     device: Annotated[str | None, typer.Option(help="cpu, cuda … (default: the best one here).")] = None,
     threads: Annotated[int, typer.Option(help="Threads on a CPU.", min=1)] = 2,
+    processes: Annotated[str, typer.Option(help="Numbers of processes that share the work, on a CPU.")] = "1",
     memory_limit: Annotated[str | None, typer.Option(help="Memory that a run may take.", metavar="16GB")] = None,
 ) -> None:
     """Compress models of several shapes and show what every stage took."""
     limit = parse_bytes(memory_limit) if memory_limit else None
+    torch.set_num_threads(threads)
     rows = []
     for shape in shapes.split(","):
         if shape not in SHAPES:
             raise UserError(f"'{shape}' is none of {', '.join(SHAPES)}.")
-        for count in images.split(","):
+        for samples, number in product(images.split(","), processes.split(",")):
             recipe = CompressionRecipe(
-                reduction=reduction, samples=int(count), batch_size=BATCH_SIZE, compensation=compensation
+                reduction=reduction, samples=int(samples), batch_size=BATCH_SIZE, compensation=compensation
             )
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(1, mp_context=context) as pool:
-                rows.append(pool.submit(_measured, shape, recipe.to_dict(), device, threads, limit).result())
+            rows.append(_measured(shape, recipe, device, threads, int(number), limit))
             print(_line(rows[-1]), flush=True)
     output.mkdir(parents=True, exist_ok=True)
     (output / "compression.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
@@ -80,27 +82,19 @@ def main(
 
 
 def _measured(
-    shape: str, values: dict[str, Any], device: str | None, threads: int, limit: int | None
+    shape: str, recipe: CompressionRecipe, device: str | None, threads: int, processes: int, limit: int | None
 ) -> dict[str, Any]:
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    torch.set_num_threads(threads)
-    recipe = CompressionRecipe.from_dict(values)
     with tempfile.TemporaryDirectory() as temporary:
-        model = _write_model(shape, Path(temporary) / "model")
-        images = _write_images(recipe.samples, Path(temporary) / "images")
-        before = _forward_seconds(model, recipe, device)
-        parameters = count_parameters(model)
-        del model
-        result = compress(
-            str(Path(temporary) / "model"),
-            open_images(str(images), samples=recipe.samples),
-            recipe,
-            device=device,
-            run_folder=Path(temporary) / "run" if limit else None,
-            memory_limit=limit,
-        )
-        forward = statistics.mean([before, _forward_seconds(_random_model(shape), recipe, device)])
+        folder = Path(temporary)
+        parameters = _write_model(shape, folder / "model")
+        _write_images(recipe.samples, folder / "images")
+        before = _forward_seconds(shape, recipe, device)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        arguments = (processes, port, folder, recipe.to_dict(), device, threads, limit)
+        torch.multiprocessing.spawn(_compress, arguments, nprocs=processes)
+        forward = statistics.mean([before, _forward_seconds(shape, recipe, device)])
+        measured = json.loads((folder / _RESULT).read_text(encoding="utf-8"))
     return {
         "shape": shape,
         "parameters": parameters,
@@ -108,11 +102,43 @@ def _measured(
         "reduction": recipe.reduction,
         "device": str(pick_device(device)),
         "threads": threads,
+        "processes": processes,
         "memory_limit": limit,
         "forward_seconds": forward,
-        "seconds": result.report["seconds"],
-        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+        **measured,
     }
+
+
+def _compress(
+    index: int,
+    count: int,
+    port: int,
+    folder: Path,
+    values: dict[str, Any],
+    device: str | None,
+    threads: int,
+    limit: int | None,
+) -> None:
+    """In a process of its own, number `index` of `count`; the first one writes what it measured."""
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    torch.set_num_threads(threads)
+    if count > 1:  # what `accelerate launch --cpu` sets
+        os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(count)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    recipe = CompressionRecipe.from_dict(values)
+    result = compress(
+        str(folder / "model"),
+        open_images(str(folder / "images"), samples=recipe.samples),
+        recipe,
+        device=device,
+        run_folder=folder / "run" if limit else None,
+        memory_limit=limit,
+    )
+    peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if index == 0:
+        measured = {"seconds": result.report["seconds"], "peak_bytes": peak}
+        (folder / _RESULT).write_text(json.dumps(measured), encoding="utf-8")
 
 
 def _random_model(shape: str) -> ViTForImageClassification:
@@ -125,26 +151,26 @@ def _random_model(shape: str) -> ViTForImageClassification:
     return ViTForImageClassification(config).eval()
 
 
-def _write_model(shape: str, folder: Path) -> ViTForImageClassification:
+def _write_model(shape: str, folder: Path) -> int:
+    """Returns the number of its parameters."""
     model = _random_model(shape)
     model.save_pretrained(folder)
     ViTImageProcessor().save_pretrained(folder)
-    return model
+    return count_parameters(model)
 
 
-def _write_images(count: int, folder: Path) -> Path:
+def _write_images(count: int, folder: Path) -> None:
     folder.mkdir()
     generator = np.random.default_rng(0)
     for index in range(count):
         noise = generator.integers(0, 256, (224, 224, 3), dtype=np.uint8)
         Image.fromarray(noise).save(folder / f"{index:06d}.jpg")
-    return folder
 
 
 @torch.inference_mode()
-def _forward_seconds(model: ViTForImageClassification, recipe: CompressionRecipe, device: str | None) -> float:
+def _forward_seconds(shape: str, recipe: CompressionRecipe, device: str | None) -> float:
     """Of one forward pass of transformers' dense model over all images, from the median of a few batches."""
-    model = model.to(pick_device(device))
+    model = _random_model(shape).to(pick_device(device))
     pixels = torch.randn(min(recipe.batch_size, recipe.samples), 3, 224, 224, device=model.device)
     times = []
     for _ in range(1 + FORWARD_BATCHES):
@@ -158,13 +184,14 @@ def _line(row: dict[str, Any]) -> str:
     passes = {stage: seconds / row["forward_seconds"] for stage, seconds in row["seconds"].items()}
     stages = " | ".join(f"{passes.get(stage, 0.0):.2f}" for stage in STAGES)
     return (
-        f"| {row['shape']} | {row['parameters'] / 1e6:.1f} M | {row['images']} | {row['forward_seconds']:.0f} "
+        f"| {row['shape']} | {row['parameters'] / 1e6:.1f} M | {row['images']} | {row['processes']} "
+        f"| {row['forward_seconds']:.0f} "
         f"| {stages} | {sum(passes.values()):.2f} | {row['peak_bytes'] / 1e9:.1f} |"
     )
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    head = f"| shape | parameters | images | forward pass, s | {' | '.join(STAGES)} | in all | peak GB |"
+    head = f"| shape | parameters | images | processes | forward pass, s | {' | '.join(STAGES)} | in all | peak GB |"
     return "\n".join([head, "|---|" + "---:|" * (head.count("|") - 2), *map(_line, rows)]) + "\n"
 
 

@@ -61,8 +61,8 @@ def distill(
     images_at_once: int,
     gradient_checkpointing: bool,
 ) -> list[tuple[int, float]]:
-    """Train `small` in place on random views; of the steps evaluated, the start among them, the best on the held-back
-    images stays.
+    """Train `small` in place on random views; of the steps evaluated the best on the held-back images stays, whether
+    it is better than the start or not.
 
     held_back: indices of the images in `views` that nothing is fitted on. labels: the dense model's class for every
     image, to learn from them as well. folder: where the Trainer's checkpoints go; those of a run that died are gone on
@@ -73,7 +73,6 @@ def distill(
     """
     chosen = set(held_back)
     fitting = [index for index in range(len(views)) if index not in chosen]
-    start = {name: tensor.detach().cpu().clone() for name, tensor in small.state_dict().items()}
     arguments = _arguments(folder, epochs * len(fitting), learning_rate, batch_size, seed, dense.device)
     setattr(arguments, _CHECKPOINTING, gradient_checkpointing)
     trainer = _Distiller(
@@ -92,8 +91,6 @@ def distill(
     small.eval()
     # A run that goes on evaluates once more where it stopped.
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
-    if min(losses, key=lambda step: losses[step]) == 0:  # which the Trainer does not keep
-        small.load_state_dict(start)
     images = batch_size * arguments.world_size
     return [(images * step, loss) for step, loss in losses.items()]
 
