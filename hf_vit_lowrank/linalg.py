@@ -51,11 +51,27 @@ def ridge_solve(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
     Dead and dependent inputs get zero or shared weights. By Cholesky, at a tenth of the time of eigh, which takes over
     where rounding has left the covariance with negative eigenvalues beyond the ridge.
     """
+    factor, floor = _ridged_cholesky(covariance, ridge)
+    if factor is not None:
+        return torch.cholesky_solve(cross, factor).mT
+    values, vectors = eigh(covariance)
+    return ((vectors / (values.clamp_min(0.0) + floor)) @ (vectors.mT @ cross)).mT
+
+
+def ridge_inverse(covariance: Tensor, ridge: float) -> Tensor:
+    """(n, n): what `ridge_solve` multiplies by, at a third of the time of solving for the identity."""
+    factor, floor = _ridged_cholesky(covariance, ridge)
+    if factor is not None:
+        return torch.cholesky_inverse(factor)
+    values, vectors = eigh(covariance)
+    return (vectors / (values.clamp_min(0.0) + floor)) @ vectors.mT
+
+
+def _ridged_cholesky(covariance: Tensor, ridge: float) -> tuple[Tensor | None, Tensor]:
+    """The factor, None where there is none that can be relied on, and what was added to the diagonal."""
     floor = (max(ridge, RELATIVE_FLOOR) * covariance.diagonal().mean()).clamp_min(_SMALLEST_FLOOR)
     ridged = covariance.clone()
     ridged.diagonal().add_(floor)
     factor, failed = torch.linalg.cholesky_ex(ridged)
-    if not failed and factor.diagonal().square().min() > floor / 2:
-        return torch.cholesky_solve(cross, factor).mT
-    values, vectors = eigh(covariance)
-    return ((vectors / (values.clamp_min(0.0) + floor)) @ (vectors.mT @ cross)).mT
+    reliable = not failed and factor.diagonal().square().min() > floor / 2
+    return factor if reliable else None, floor

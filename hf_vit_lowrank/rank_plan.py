@@ -63,11 +63,13 @@ def choose_ranks(
     """
     per_block = [block.curves(cost, query_key_weight, multiple) for block, cost in zip(candidates, costs, strict=True)]
     bypasses, plans = [_NO_BYPASS] * len(per_block), []
+    known: dict[tuple[int, int], ErrorCurve] = {}  # by block and width, most of which stay
     for _ in range(BYPASS_ROUNDS + 1):
         pieces = _allocated(per_block, bypasses, budget)
-        bypasses = [
-            block.bypass_curve(own[2], cost) for block, cost, own in zip(candidates, costs, pieces, strict=True)
-        ]
+        for block, (cost, own) in enumerate(zip(costs, pieces, strict=True)):
+            if (block, own[2]) not in known:
+                known[block, own[2]] = candidates[block].bypass_curve(own[2], cost)
+        bypasses = [known[block, own[2]] for block, own in enumerate(pieces)]
         plans.append(_plan(candidates, per_block, bypasses, pieces))
     return min(plans, key=lambda plan: plan.predicted_loss)
 

@@ -2,7 +2,8 @@
 
 With the units S kept and the down weight refitted on them, what is left of W z is e = W z - B z_S, and what the kept
 units do not tell of the MLP's input is x' = x - P z_S. The best GY of rank q in the metric Γ is reduced-rank regression
-of e on x': the truncated SVD of Γ^½ Cov(e, x') Cov(x')^-½ (Izenman 1975); the kept units then do B - G Y P.
+of e on x' (Izenman 1975): with R = Cov(e, x') Cov(x')⁻¹ of full rank, GY = Γ^-½ U Uᵀ Γ^½ R, U the first q eigenvectors
+of Γ^½ R Cov(x', e) Γ^½, whose eigenvalues are the gains; the kept units then do B - G Y P.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg import square_root
+from ..linalg import RELATIVE_FLOOR, eigh, ridge_solve, square_root
 
 RIDGE = 1e-5
 
@@ -41,15 +42,18 @@ def bypass_candidate(down_weight: Tensor, kept: Tensor, covariance: Tensor, metr
     metric Γ (d, d)."""
     weight, width = down_weight.double(), down_weight.shape[1]
     units, inputs, cross = covariance[:width, :width], covariance[width:, width:], covariance[:width, width:]
-    own = units[kept][:, kept]
-    own = own + RIDGE * own.diagonal().mean() * torch.eye(len(kept), dtype=torch.float64)
     seen = torch.cat((units[kept] @ weight.mT, cross[kept]), 1)  # Cov(z_S, [W z, x])
-    down, predicted = torch.linalg.solve(own, seen).mT.split([len(weight), len(inputs)])
+    down, predicted = ridge_solve(units[kept][:, kept], seen, RIDGE).split([len(weight), len(inputs)])
     left = weight @ cross - down @ cross[kept]
     rest = inputs - predicted @ cross[kept]
-    rest = rest + RIDGE * inputs.diagonal().mean() * torch.eye(len(inputs), dtype=torch.float64)
+    rest = (rest + rest.mT) / 2
+    rest.diagonal().add_(RIDGE * inputs.diagonal().mean())
+    whole = ridge_solve(rest, left.mT, 0.0)
     root, inverse = square_root(metric)
-    _, whiten = square_root((rest + rest.mT) / 2)
-    U, S, Vt = torch.linalg.svd(root @ left @ whiten)
-    share = S.sqrt()
-    return BypassCandidate(S.square(), down, predicted, inverse @ U * share, share.unsqueeze(1) * Vt @ whiten)
+    explained = root @ whole @ left.mT @ root
+    gains, U = (one.flip(-1) for one in eigh((explained + explained.mT) / 2))
+    used = gains > RELATIVE_FLOOR * gains[0]
+    # Both factors share the singular values evenly.
+    share = torch.where(used, gains, 1.0) ** 0.25
+    expand, reduce = inverse @ U * (share * used), (U * (used / share)).mT @ root @ whole
+    return BypassCandidate(gains * used, down, predicted, expand, reduce)

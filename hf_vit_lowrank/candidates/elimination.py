@@ -1,9 +1,9 @@
 """Removing inputs of a linear map one by one, refitting what is left exactly (optimal brain surgeon).
 
 The map y = W x, x with covariance C, error in a metric Γ on y: removing input j and refitting the others costs
-‖Γ^½ W_j‖² / (C⁻¹)_jj and updates W and C⁻¹ by one outer product (Hassibi and Stork 1993, eq. 5). Both updates are kept
-pending and applied in blocks by one matrix product, after which the inputs that are gone are left out of both, so the
-whole sweep runs at the speed of matrix products.
+‖Γ^½ W_j‖² / (C⁻¹)_jj and updates W and C⁻¹ by one outer product (Hassibi and Stork 1993, eq. 5). Of W no more than WᵀΓW
+is needed. The updates of both matrices are kept pending and applied in blocks by matrix products, at whose speed the
+whole sweep runs.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..linalg import ridge_solve
+from ..linalg import ridge_inverse
 
 _BLOCK = 64
+# Matrices are copied without the inputs that are gone when these are so large a share of them.
+_GONE = 1 / 8
 
 
 @dataclass(frozen=True)
@@ -40,14 +42,14 @@ def eliminate(
     groups: (n,) group 0, 1, … of each input, all of one size; in every round each group loses one input, so that the
         groups stay equal. Without them any input may go at any time.
     """
-    size = weight.shape[1]
+    size, tiny = weight.shape[1], torch.finfo(torch.float64).tiny
     values = root @ weight
-    inverse = ridge_solve(covariance, torch.eye(size, dtype=torch.float64), ridge)
+    gram, inverse = values.mT @ values, ridge_inverse(covariance, ridge)
     names, gone = torch.arange(size), torch.zeros(size, dtype=torch.bool)
-    norms, pivots = values.square().sum(0), inverse.diagonal().clone()
+    norms, pivots = gram.diagonal().clone(), inverse.diagonal().clone()
     order, steps = [], []
-    rows, directions = inverse.new_zeros(_BLOCK, size), inverse.new_zeros(_BLOCK, values.shape[0])
-    pending = 0
+    # Pending: inverse -= rowsᵀ rows, gram -= rowsᵀ sides + sidesᵀ rows.
+    rows, sides, pending = inverse.new_zeros(_BLOCK, size), inverse.new_zeros(_BLOCK, size), 0
     waiting = ~gone  # the inputs of groups that have lost none in this round
     for _ in range(size):
         cost = (norms / pivots).masked_fill_(gone | ~waiting, torch.inf)
@@ -58,24 +60,25 @@ def eliminate(
         order.append(int(names[chosen]))
         steps.append(float(cost[chosen]))
         gone[chosen] = True
-        # The chosen row of the current inverse and column of the current weight, pending updates included.
-        scale = pivots[chosen].sqrt()
-        past, past_directions = rows[:pending], directions[:pending]
+        # Rows of the current matrices, pending updates included.
+        scale, past, past_sides = pivots[chosen].sqrt(), rows[:pending], sides[:pending]
         row = (inverse[chosen] - past[:, chosen] @ past) / scale
-        direction = (values[:, chosen] - past[:, chosen] @ past_directions) / scale
-        products = direction @ values - (past_directions @ direction) @ past
-        norms = (norms - 2 * row * products + row.square() * direction.square().sum()).clamp_min(0.0)
-        pivots = (pivots - row.square()).clamp_min(torch.finfo(torch.float64).tiny)
-        rows[pending], directions[pending] = row, direction
+        products = (gram[chosen] - past[:, chosen] @ past_sides - past_sides[:, chosen] @ past) / scale
+        side = products - 0.5 * cost[chosen] * row
+        norms = (norms - 2 * row * side).clamp_min(0.0)
+        pivots = (pivots - row.square()).clamp_min(tiny)
+        rows[pending], sides[pending] = row, side
         pending += 1
         if pending == _BLOCK:
-            left = (~gone).nonzero().squeeze(1)
-            rows = rows[:, left]
-            inverse = inverse[left][:, left].addmm_(rows.mT, rows, alpha=-1)
-            values = values[:, left].addmm_(directions.mT, rows, alpha=-1)
-            names, gone, waiting = names[left], torch.zeros(len(left), dtype=torch.bool), waiting[left]
-            groups = None if groups is None else groups[left]
-            norms, pivots = values.square().sum(0), inverse.diagonal().clamp_min(torch.finfo(torch.float64).tiny)
+            inverse.addmm_(rows.mT, rows, alpha=-1)
+            gram.addmm_(rows.mT, sides, alpha=-1).addmm_(sides.mT, rows, alpha=-1)
             pending = 0
+            if gone.sum() >= _GONE * len(gone):
+                left = (~gone).nonzero().squeeze(1)
+                inverse, gram = (matrix[left.unsqueeze(1), left] for matrix in (inverse, gram))
+                rows, sides = rows[:, left], sides[:, left]
+                names, gone, waiting = names[left], torch.zeros(len(left), dtype=torch.bool), waiting[left]
+                groups = None if groups is None else groups[left]
+            norms, pivots = gram.diagonal().clamp_min(0.0), inverse.diagonal().clamp_min(tiny)
     errors = torch.tensor([0.0, *steps], dtype=torch.float64).cumsum(0).flip(0)
     return Elimination(torch.tensor(order), errors)
