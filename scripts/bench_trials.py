@@ -26,6 +26,8 @@ from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.recipe import CompressionRecipe
 
 Constant = tuple[str, str, Any]
+# Of the trials that want a GPU.
+LONG = {"compensation": "distill", "distill_epochs": 180, "batch_size": 64}
 # Trial: what differs in the recipe, and the constants that differ.
 TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     "closed form": ({}, []),
@@ -58,6 +60,27 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     ),
     "distill, 5 passes": ({"compensation": "distill", "distill_epochs": 5}, []),
     "distill, 5 passes, rate 1e-4": ({"compensation": "distill", "distill_epochs": 5, "distill_lr": 1e-4}, []),
+    "distill, 180 passes": (LONG, []),
+    "distill, 180 passes, rate 1e-4, stream x20": (
+        LONG | {"distill_lr": 1e-4},
+        [("compensation.distill", "STREAM_WEIGHT", 10.0)],
+    ),
+    "distill, 180 passes, rate 3e-4, stream x20": (
+        LONG | {"distill_lr": 3e-4},
+        [("compensation.distill", "STREAM_WEIGHT", 10.0)],
+    ),
+    "distill, 180 passes, rate 3e-4, stream x100": (
+        LONG | {"distill_lr": 3e-4},
+        [("compensation.distill", "STREAM_WEIGHT", 50.0)],
+    ),
+    "distill, 180 passes, rate 3e-4, stream x20, varied views": (
+        LONG | {"distill_lr": 3e-4},
+        [
+            ("compensation.distill", "STREAM_WEIGHT", 10.0),
+            ("compensation.distill", "PLAIN", 0.1),
+            ("augmentation", "CROP_AREA", (0.15, 1.0)),
+        ],
+    ),
 }
 
 
@@ -66,7 +89,9 @@ def main(
     calibration: Annotated[str, typer.Option(help="Images; the last of them are held back to measure on.")],
     output: Annotated[Path, typer.Option(help="Folder for trials.json and trials.md.")],
     reduction: Annotated[float, typer.Option(help="Share of the parameters to remove.")] = 0.6,
-    trials: Annotated[str | None, typer.Option(help=f"Separated by semicolons, of: {'; '.join(TRIALS)}.")] = None,
+    trials: Annotated[
+        str | None, typer.Option(help=f"Separated by semicolons, of: {'; '.join(TRIALS)} (default: all).")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Calibration images.", min=2)] = 1024,
     held_back: Annotated[float, typer.Option(help="Share of them to measure on.")] = TRAINING_SHARE,
     device: Annotated[str | None, typer.Option(help="cpu, cuda … (default: the best one here).")] = None,
