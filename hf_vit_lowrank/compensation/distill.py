@@ -61,8 +61,8 @@ def distill(
     images_at_once: int,
     gradient_checkpointing: bool,
 ) -> list[tuple[int, float]]:
-    """Train `small` in place on random views; of the steps evaluated the best on the held-back images stays, whether
-    it is better than the start or not.
+    """Train `small` but for its embeddings in place on random views; of the steps evaluated the best on the held-back
+    images stays, whether it is better than the start or not.
 
     held_back: indices of the images in `views` that nothing is fitted on. labels: the dense model's class for every
     image, to learn from them as well. folder: where the Trainer's checkpoints go; those of a run that died are gone on
@@ -75,6 +75,10 @@ def distill(
     fitting = [index for index in range(len(views)) if index not in chosen]
     arguments = _arguments(folder, epochs * len(fitting), learning_rate, batch_size, seed, dense.device)
     setattr(arguments, _CHECKPOINTING, gradient_checkpointing)
+    setattr(
+        arguments, f"{_CHECKPOINTING}_kwargs", {"use_reentrant": False}
+    )  # the first block's inputs have no gradient
+    embeddings = small.vit.embeddings.requires_grad_(False)  # they stay the dense model's, as in every other step
     trainer = _Distiller(
         model=small,
         args=arguments,
@@ -89,6 +93,7 @@ def distill(
     # Or it would go on computing in the precision of the training.
     trainer.accelerator.unwrap_model(small, keep_fp32_wrapper=False)
     small.eval()
+    embeddings.requires_grad_(True)
     # A run that goes on evaluates once more where it stopped.
     losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     images = batch_size * arguments.world_size
