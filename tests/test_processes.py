@@ -133,6 +133,11 @@ def test_the_shares_of_indexed_data_are_whole_batches(digits_data):
         assert own == [image for batch in batches[index::3] for image in batch]
 
 
+def test_a_share_may_hold_no_image(digits_data):
+    few = open_images(str(digits_data.calibration), samples=10, seed=0)
+    assert [len(list(few.shared(Share(index, 2, 16)))) for index in range(2)] == [10, 0]
+
+
 @pytest.mark.parametrize("shards", [1, 4])
 @pytest.mark.parametrize("samples", [None, 37])
 def test_every_image_of_a_stream_is_read_once(shards, samples, digits_data, monkeypatch):
