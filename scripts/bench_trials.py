@@ -50,36 +50,32 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     "gradient, crops from 15 %": ({"compensation": "gradient"}, [("augmentation", "CROP_AREA", (0.15, 1.0))]),
     "gradient, rate 1e-3": ({"compensation": "gradient"}, [("compensation.gradient", "LEARNING_RATE", 1e-3)]),
     "distill, 2 passes": ({"compensation": "distill", "distill_epochs": 2}, []),
-    "distill, 2 passes, random views only": (
-        {"compensation": "distill", "distill_epochs": 2},
-        [("compensation.distill", "PLAIN", 0.0)],
+    "distill, 2 passes, rate 3e-5, stream weighed 0.5": (
+        {"compensation": "distill", "distill_epochs": 2, "distill_lr": 3e-5},
+        [("compensation.distill", "STREAM_WEIGHT", 0.5)],
     ),
-    "distill, 2 passes, stream x10": (
-        {"compensation": "distill", "distill_epochs": 2},
+    "distill, 2 passes, rate 3e-5, stream weighed 5": (
+        {"compensation": "distill", "distill_epochs": 2, "distill_lr": 3e-5},
         [("compensation.distill", "STREAM_WEIGHT", 5.0)],
     ),
-    "distill, 5 passes": ({"compensation": "distill", "distill_epochs": 5}, []),
-    "distill, 5 passes, rate 1e-4": ({"compensation": "distill", "distill_epochs": 5, "distill_lr": 1e-4}, []),
+    "distill, 2 passes, rate 3e-5, stream weighed 0.5, random views only": (
+        {"compensation": "distill", "distill_epochs": 2, "distill_lr": 3e-5},
+        [("compensation.distill", "STREAM_WEIGHT", 0.5), ("compensation.distill", "PLAIN", 0.0)],
+    ),
+    "distill, 15 passes": ({"compensation": "distill", "distill_epochs": 15}, []),
+    "distill, 15 passes, rate 3e-5, stream weighed 0.5": (
+        {"compensation": "distill", "distill_epochs": 15, "distill_lr": 3e-5},
+        [("compensation.distill", "STREAM_WEIGHT", 0.5)],
+    ),
     "distill, 180 passes": (LONG, []),
-    "distill, 180 passes, rate 1e-4, stream x20": (
-        LONG | {"distill_lr": 1e-4},
-        [("compensation.distill", "STREAM_WEIGHT", 10.0)],
-    ),
-    "distill, 180 passes, rate 3e-4, stream x20": (
-        LONG | {"distill_lr": 3e-4},
-        [("compensation.distill", "STREAM_WEIGHT", 10.0)],
-    ),
-    "distill, 180 passes, rate 3e-4, stream x100": (
+    "distill, 180 passes, rate 3e-4": (LONG | {"distill_lr": 3e-4}, []),
+    "distill, 180 passes, rate 3e-4, stream weighed 50": (
         LONG | {"distill_lr": 3e-4},
         [("compensation.distill", "STREAM_WEIGHT", 50.0)],
     ),
-    "distill, 180 passes, rate 3e-4, stream x20, varied views": (
+    "distill, 180 passes, rate 3e-4, varied views": (
         LONG | {"distill_lr": 3e-4},
-        [
-            ("compensation.distill", "STREAM_WEIGHT", 10.0),
-            ("compensation.distill", "PLAIN", 0.1),
-            ("augmentation", "CROP_AREA", (0.15, 1.0)),
-        ],
+        [("compensation.distill", "PLAIN", 0.1), ("augmentation", "CROP_AREA", (0.15, 1.0))],
     ),
 }
 
