@@ -8,7 +8,7 @@ from .candidates.block import BlockCandidates
 from .dense import DenseSource, dense_parameters
 from .presets import smallest_parameters
 from .rank_plan import RankPlan, budgeted_ranks, plan_cost, smallest_config, unreachable
-from .recipe import OURS, CompressionRecipe
+from .recipe import OURS, TRAINED, CompressionRecipe
 
 
 def recipe_ranks(dense: DenseSource, candidates: Sequence[BlockCandidates], recipe: CompressionRecipe) -> RankPlan:
@@ -17,6 +17,8 @@ def recipe_ranks(dense: DenseSource, candidates: Sequence[BlockCandidates], reci
     return budgeted_ranks(
         *(candidates, config, limit, recipe.cost, recipe.query_key_weight),
         multiple=recipe.rank_multiple,
+        # Training gets more out of the units that a bypass stands in for: see README, trials.
+        with_bypasses=recipe.compensation not in TRAINED,
         native=recipe.native,
     )
 

@@ -28,7 +28,7 @@ from .out_of_memory import with_smaller_batches
 from .precision import half_precision
 from .presets.inputs import PresetInputs
 from .progress import say, track
-from .recipe import CompressionRecipe
+from .recipe import TRAINED, CompressionRecipe
 from .record import source_record, versions
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
 from .run_folder import RunFolder
@@ -37,7 +37,6 @@ from .statistics import BlockStatistics, collect_statistics
 # Share of the calibration images held back: to measure agreement on, and to decide what training may keep.
 AGREEMENT_SHARE = 0.2
 TRAINING_SHARE = 0.1
-TRAINED = ("gradient", "distill")
 NOWHERE = RunFolder()
 # A CPU takes a fifth less time over so many images at once than over 32, whose activations leave its caches.
 CPU_IMAGES_AT_ONCE = 8

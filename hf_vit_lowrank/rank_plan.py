@@ -50,6 +50,7 @@ def choose_ranks(
     budget: int,
     query_key_weight: float,
     multiple: int,
+    with_bypasses: bool = True,
 ) -> RankPlan:
     """The plan with the least predicted loss whose pieces cost at most `budget` (the rest of the model not counted).
 
@@ -64,12 +65,13 @@ def choose_ranks(
     per_block = [block.curves(cost, query_key_weight, multiple) for block, cost in zip(candidates, costs, strict=True)]
     bypasses, plans = [_NO_BYPASS] * len(per_block), []
     known: dict[tuple[int, int], ErrorCurve] = {}  # by block and width, most of which stay
-    for _ in range(BYPASS_ROUNDS + 1):
+    for _ in range(1 + BYPASS_ROUNDS * with_bypasses):
         pieces = _allocated(per_block, bypasses, budget)
-        for block, (cost, own) in enumerate(zip(costs, pieces, strict=True)):
-            if (block, own[2]) not in known:
-                known[block, own[2]] = candidates[block].bypass_curve(own[2], cost)
-        bypasses = [known[block, own[2]] for block, own in enumerate(pieces)]
+        if with_bypasses:
+            for block, (cost, own) in enumerate(zip(costs, pieces, strict=True)):
+                if (block, own[2]) not in known:
+                    known[block, own[2]] = candidates[block].bypass_curve(own[2], cost)
+            bypasses = [known[block, own[2]] for block, own in enumerate(pieces)]
         plans.append(_plan(candidates, per_block, bypasses, pieces))
     return min(plans, key=lambda plan: plan.predicted_loss)
 
@@ -140,6 +142,7 @@ def budgeted_ranks(
     cost: str,
     query_key_weight: float,
     multiple: int,
+    with_bypasses: bool = True,
     native: bool = False,
 ) -> RankPlan:
     """The plan for a whole model of at most `limit` parameters or FLOPs; `native` as in `CompressionRecipe`.
@@ -151,7 +154,7 @@ def budgeted_ranks(
     try:
         if native:
             return choose_native_ranks(candidates, costs, limit - fixed, query_key_weight)
-        return choose_ranks(candidates, costs, limit - fixed, query_key_weight, multiple)
+        return choose_ranks(candidates, costs, limit - fixed, query_key_weight, multiple, with_bypasses)
     except ImpossibleBudgetError as error:
         raise unreachable(limit, cost, fixed + error.smallest_cost) from error
 

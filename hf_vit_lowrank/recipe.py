@@ -20,6 +20,7 @@ PRESETS = (
     *("corp", "modegpt", "magnitude", "taylor"),
 )
 COMPENSATIONS = ("none", "closed-form", "gradient", "distill")
+TRAINED = ("gradient", "distill")
 TARGETS = ("reduction", "max_parameters", "match", "min_agreement")
 _TYPE_NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
 _HUB_ID = re.compile(r"\w[\w-]*(\.[\w-]+)*(/\w[\w-]*(\.[\w-]+)*)?", re.ASCII)

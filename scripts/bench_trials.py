@@ -42,7 +42,7 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     "gradient, no random views": ({"compensation": "gradient"}, [("compensation.steps", "VIEWS", 0)]),
     "gradient, 1 pass": ({"compensation": "gradient"}, [("compensation.gradient", "EPOCHS", 1)]),
     "gradient, 8 passes": ({"compensation": "gradient"}, [("compensation.gradient", "EPOCHS", 8)]),
-    "gradient, no bypass": ({"compensation": "gradient"}, [("rank_plan", "BYPASS_ROUNDS", 0)]),
+    "gradient, bypasses": ({"compensation": "gradient"}, [("budget", "TRAINED", ())]),
     "gradient, 5 views and 2 passes": (
         {"compensation": "gradient"},
         [("compensation.steps", "VIEWS", 5), ("compensation.gradient", "EPOCHS", 2)],

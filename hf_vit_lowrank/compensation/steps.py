@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from .. import processes
-from ..calibration import TRAINED, Calibrated, held_back_divergence, timed
+from ..calibration import Calibrated, held_back_divergence, timed
 from ..errors import UserError
 from ..evaluation import class_of_label
 from ..out_of_memory import with_smaller_batches
 from ..progress import track
-from ..recipe import OURS, CompressionRecipe
+from ..recipe import OURS, TRAINED, CompressionRecipe
 from ..remote.modeling_lowrank_vit import LowRankViTForImageClassification
 from ..run_folder import RunFolder
 from .closed_form import BlockDrift, compensate_closed_form
