@@ -58,6 +58,7 @@ def test_training_block_by_block_brings_the_model_nearer_to_the_dense_one(calibr
     assert report["before"] == pytest.approx(before, rel=1e-6)
     assert report["after"] == pytest.approx(after, rel=1e-6)
     assert all(block["after"] < block["before"] for block in report["blocks"] if block["kept"])
+    assert not any(trained.model.config.bypass_ranks)
 
 
 def test_distillation_brings_it_nearer_still(calibrated, trained, distilled):
