@@ -129,10 +129,10 @@ def test_command_line_has_what_is_not_default():
         "hf-vit-lowrank", "compress", "facebook/deit-x", "--calibration", "some/images", "--split", "train",
         "--reduction", "0.4", "--samples", "100", "--revision", "abc", "--output", "compressed",
     ]  # fmt: skip
-    recipe = {**RECORD["recipe"], "preset": "svd", "compensation": "distill", "labels": True, "distill_lr": 1e-4}
+    recipe = {**RECORD["recipe"], "preset": "svd", "compensation": "distill", "labels": True, "distill_lr": 2e-4}
     words = shlex.split(bash_blocks(model_card({**RECORD, "recipe": recipe}))[0])
     assert " ".join(words[7:-4]) == (
-        "--reduction 0.4 --preset svd --compensation distill --distill-lr 0.0001 --labels --samples 100"
+        "--reduction 0.4 --preset svd --compensation distill --distill-lr 0.0002 --labels --samples 100"
     )
 
 
