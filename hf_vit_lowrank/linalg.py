@@ -60,11 +60,10 @@ def ridge_solve(covariance: Tensor, cross: Tensor, ridge: float) -> Tensor:
 
 def ridge_inverse(covariance: Tensor, ridge: float) -> Tensor:
     """(n, n): what `ridge_solve` multiplies by, at a third of the time of solving for the identity."""
-    factor, floor = _ridged_cholesky(covariance, ridge)
+    factor, _ = _ridged_cholesky(covariance, ridge)
     if factor is not None:
         return torch.cholesky_inverse(factor)
-    values, vectors = eigh(covariance)
-    return (vectors / (values.clamp_min(0.0) + floor)) @ vectors.mT
+    return ridge_solve(covariance, torch.eye(len(covariance), dtype=covariance.dtype), ridge)
 
 
 def _ridged_cholesky(covariance: Tensor, ridge: float) -> tuple[Tensor | None, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -64,14 +65,15 @@ def choose_ranks(
     """
     per_block = [block.curves(cost, query_key_weight, multiple) for block, cost in zip(candidates, costs, strict=True)]
     bypasses, plans = [_NO_BYPASS] * len(per_block), []
-    known: dict[tuple[int, int], ErrorCurve] = {}  # by block and width, most of which stay
+
+    @cache  # most widths stay from round to round
+    def bypass_curve(block: int, width: int) -> ErrorCurve:
+        return candidates[block].bypass_curve(width, costs[block])
+
     for _ in range(1 + BYPASS_ROUNDS * with_bypasses):
         pieces = _allocated(per_block, bypasses, budget)
         if with_bypasses:
-            for block, (cost, own) in enumerate(zip(costs, pieces, strict=True)):
-                if (block, own[2]) not in known:
-                    known[block, own[2]] = candidates[block].bypass_curve(own[2], cost)
-            bypasses = [known[block, own[2]] for block, own in enumerate(pieces)]
+            bypasses = [bypass_curve(block, own[2]) for block, own in enumerate(pieces)]
         plans.append(_plan(candidates, per_block, bypasses, pieces))
     return min(plans, key=lambda plan: plan.predicted_loss)
 

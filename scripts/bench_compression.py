@@ -119,7 +119,8 @@ def _compress(
     threads: int,
     limit: int | None,
 ) -> None:
-    """In a process of its own, number `index` of `count`; the first one writes what it measured."""
+    """In a process of its own, number `index` of `count`, which says itself what went wrong; the first one writes what
+    it measured."""
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     torch.set_num_threads(threads)
@@ -127,14 +128,17 @@ def _compress(
         os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": str(count)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     recipe = CompressionRecipe.from_dict(values)
-    result = compress(
-        str(folder / "model"),
-        open_images(str(folder / "images"), samples=recipe.samples),
-        recipe,
-        device=device,
-        run_folder=folder / "run" if limit else None,
-        memory_limit=limit,
-    )
+    try:
+        result = compress(
+            str(folder / "model"),
+            open_images(str(folder / "images"), samples=recipe.samples),
+            recipe,
+            device=device,
+            run_folder=folder / "run" if limit else None,
+            memory_limit=limit,
+        )
+    except (UserError, RunError) as error:
+        sys.exit(f"Error: {error}")
     peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if index == 0:
         measured = {"seconds": result.report["seconds"], "peak_bytes": peak}
@@ -200,3 +204,5 @@ if __name__ == "__main__":
         typer.run(main)
     except (UserError, RunError) as error:
         sys.exit(f"Error: {error}")
+    except torch.multiprocessing.ProcessExitedException:
+        sys.exit(1)

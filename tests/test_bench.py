@@ -332,19 +332,8 @@ def test_trials_change_one_constant_and_are_not_run_twice(digits_model, digits_d
 
 @pytest.mark.slow
 def test_compression_is_measured_in_one_process_and_in_two(tmp_path):
-    arguments = [
-        "--shapes",
-        "deit-tiny",
-        "--images",
-        "64",
-        "--processes",
-        "1,2",
-        "--threads",
-        "1",
-        "--output",
-        tmp_path,
-    ]
-    subprocess.run([sys.executable, SCRIPTS / "bench_compression.py", *arguments], check=True)
+    arguments = ["--shapes", "deit-tiny", "--images", "64", "--processes", "1,2", "--threads", "1", "--output"]
+    subprocess.run([sys.executable, SCRIPTS / "bench_compression.py", *arguments, tmp_path], check=True)
     rows = json.loads((tmp_path / "compression.json").read_text())
     assert [row["processes"] for row in rows] == [1, 2]
     assert all(row["seconds"]["compensation"] > 0 < row["peak_bytes"] for row in rows)

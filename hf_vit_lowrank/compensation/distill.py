@@ -76,10 +76,9 @@ def distill(
     fitting = [index for index in range(len(views)) if index not in chosen]
     arguments = _arguments(folder, epochs * len(fitting), learning_rate, batch_size, seed, dense.device)
     setattr(arguments, _CHECKPOINTING, gradient_checkpointing)
-    setattr(
-        arguments, f"{_CHECKPOINTING}_kwargs", {"use_reentrant": False}
-    )  # the first block's inputs have no gradient
-    embeddings = small.vit.embeddings.requires_grad_(False)  # they stay the dense model's, as in every other step
+    # They stay the dense model's, as in every other step; so the first block's inputs have no gradient.
+    embeddings = small.vit.embeddings.requires_grad_(False)
+    setattr(arguments, f"{_CHECKPOINTING}_kwargs", {"use_reentrant": False})
     trainer = _Distiller(
         model=small,
         args=arguments,
