@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from .candidates.block import BlockCandidates
+from .candidates.embedding import EmbeddingCandidates
 from .dense import DenseSource, dense_parameters
 from .presets import smallest_parameters
 from .rank_plan import RankPlan, budgeted_ranks, plan_cost, smallest_config, unreachable
 from .recipe import OURS, TRAINED, CompressionRecipe
 
 
-def recipe_ranks(dense: DenseSource, candidates: Sequence[BlockCandidates], recipe: CompressionRecipe) -> RankPlan:
+def recipe_ranks(
+    dense: DenseSource,
+    candidates: Sequence[BlockCandidates],
+    embedding: EmbeddingCandidates,
+    recipe: CompressionRecipe,
+) -> RankPlan:
     """The plan of this package's own method. Raises UserError where the size cannot be reached."""
     config, limit = dense.model.config, recipe_limit(dense, recipe)
     return budgeted_ranks(
-        *(candidates, config, limit, recipe.cost, recipe.query_key_weight),
+        *(candidates, embedding, config, limit, recipe.cost, recipe.query_key_weight),
         multiple=recipe.rank_multiple,
         # Training gets more out of the units that a bypass stands in for: see README, trials.
         with_bypasses=recipe.compensation not in TRAINED,
@@ -53,7 +59,8 @@ def check_reachable(dense: DenseSource, recipe: CompressionRecipe) -> None:
     """Before the long work. Raises UserError, with the smallest size, where the recipe asks for less."""
     multiple = recipe.rank_multiple if recipe.preset == OURS and not recipe.native else 1
     if recipe.preset == OURS:
-        smallest = plan_cost(smallest_config(dense.model.config, multiple), recipe.cost, recipe.native)
+        smallest_sizes = smallest_config(dense.model.config, multiple, recipe.cost, recipe.native)
+        smallest = plan_cost(smallest_sizes, recipe.cost, recipe.native)
     else:
         smallest = smallest_parameters(recipe.preset, dense.model)
     if (limit := recipe_limit(dense, recipe)) < smallest:

@@ -19,7 +19,9 @@ from . import processes
 from .augmentation import RandomViews
 from .budget import check_reachable
 from .candidates.block import BlockCandidates, block_candidates
+from .candidates.embedding import EmbeddingCandidates, embedding_candidates
 from .dense import DenseSource, load_dense
+from .embeddings import embedded_by, whole_positions
 from .errors import UserError
 from .evaluation import pick_device
 from .images import ImageStream, Share, open_images, pixel_batches
@@ -32,7 +34,7 @@ from .recipe import TRAINED, CompressionRecipe
 from .record import source_record, versions
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
 from .run_folder import RunFolder
-from .statistics import BlockStatistics, collect_statistics
+from .statistics import BlockStatistics, Moments, collect_statistics
 
 # Share of the calibration images held back: to measure agreement on, and to decide what training may keep.
 AGREEMENT_SHARE = 0.2
@@ -83,6 +85,19 @@ class Calibrated:
     def _candidates(self, layer: int) -> BlockCandidates:
         block: Any = self.dense.model.vit.blocks[layer]
         return block_candidates(block, self.statistics[layer], self.native)
+
+    @cached_property
+    def embedding(self) -> EmbeddingCandidates:
+        """Error curves of the two pieces of the embeddings, and what they come from."""
+        model = self.dense.model
+        with timed(self.seconds, "candidates"):
+            positions = whole_positions(model.vit.embeddings)[model.config.num_prefix_tokens :]
+            projections = Moments.zeros(model.config.hidden_size)
+            for batch in self.fitting:
+                projected = batch[:, model.config.num_prefix_tokens :] - positions.float()
+                projections.add(projected.flatten(0, 1))
+            projections.add_up()
+            return embedding_candidates(projections, positions, self.statistics[0].attention_gradient)
 
     @cached_property
     def presets(self) -> PresetInputs:
@@ -258,15 +273,19 @@ def _joint_sha256(images: ImageStream) -> str | None:
 
 def held_back_agreement(calibrated: Calibrated, model: LowRankViTForImageClassification) -> float:
     """Share of the held-back images that a model and the dense model put into the same class."""
-    logits = _logits(model, calibrated.held_back)
+    logits = _held_back_logits(calibrated, model)
     return _mean_of_all((logits.argmax(-1) == calibrated.expected.argmax(-1)).double())
 
 
 def held_back_divergence(calibrated: Calibrated, model: LowRankViTForImageClassification) -> float:
     """Kullback-Leibler divergence of a model's probabilities from the dense model's on held-back images, in nats."""
-    logits = _logits(model, calibrated.held_back).log_softmax(-1)
+    logits = _held_back_logits(calibrated, model).log_softmax(-1)
     divergences = kl_div(logits, calibrated.expected.log_softmax(-1), log_target=True, reduction="none").sum(-1)
     return _mean_of_all(divergences)
+
+
+def _held_back_logits(calibrated: Calibrated, model: LowRankViTForImageClassification) -> Tensor:
+    return _logits(model, embedded_by(model, calibrated.dense.model, calibrated.held_back))
 
 
 def _mean_of_all(values: Tensor) -> float:

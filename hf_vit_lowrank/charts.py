@@ -167,7 +167,8 @@ def plan_chart(plan: dict[str, Any]) -> bytes:
     """Draw a rank plan, a row for each layer, as a PNG file.
 
     plan: the fields of `LowRankViTConfig` that end in "_ranks" and "_widths". Ranks by head, the width of each MLP with
-    its bypass, and, where weights are stored as products of two, their ranks (a whole weight's cell stays empty).
+    its bypass, and, where weights are stored as products of two, their ranks (a whole weight's cell stays empty;
+    those of the embeddings stand below).
     """
     layers = np.arange(len(plan["mlp_widths"]))
     maps = {"query–key rank": plan["query_key_ranks"], "value–output rank": plan["value_output_ranks"]}
@@ -192,6 +193,9 @@ def plan_chart(plan: dict[str, Any]) -> bytes:
     bars.set_xlabel("hidden units")
     bars.set_ylim(len(layers) - 0.5, -0.5)
     heat[0].set_ylabel("layer")
+    pieces = ", ".join(f"{name} {rank}" for name, rank in plan.get("embedding_ranks", {}).items())
+    if pieces:
+        figure.supxlabel(f"ranks of the embeddings: {pieces}", fontsize=8)
     for axes in (*heat, bars):
         axes.set_yticks(layers)
         axes.tick_params(labelsize=7)

@@ -152,7 +152,7 @@ def plan(
         raise UserError(f"A plan is made by preset '{OURS}' only: use compress for '{recipe.preset}'.")
     calibrated = calibrate(source, calibration, recipe, revision=revision, allow_pickle=allow_pickle, device=device)
     dense, candidates = calibrated.dense, calibrated.candidates
-    size = planned_size(dense, candidates, recipe, recipe_ranks(dense, candidates, recipe))
+    size = planned_size(dense, candidates, recipe, recipe_ranks(dense, candidates, calibrated.embedding, recipe))
     report = compression_record(dense, calibrated.calibration, recipe, size)
     report["seconds"] = dict(calibrated.seconds)
     if recipe.compensation != "none":
@@ -189,8 +189,10 @@ def _smaller(
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """Configuration, weights and sizes of the smaller model, before any compensation."""
     if recipe.preset == OURS:
-        ranks = recipe_ranks(calibrated.dense, calibrated.candidates, recipe)
-        model = shrink(calibrated.dense.model, calibrated.candidates, calibrated.statistics, ranks)
+        ranks = recipe_ranks(calibrated.dense, calibrated.candidates, calibrated.embedding, recipe)
+        model = shrink(
+            *(calibrated.dense.model, calibrated.candidates, calibrated.embedding, calibrated.statistics), ranks
+        )
         size = planned_size(calibrated.dense, calibrated.candidates, recipe, ranks)
     else:
         # Every process makes the whole: what a preset needs of the images is not always a sum over them.

@@ -180,6 +180,8 @@ def to_transformers(model: LowRankViTForImageClassification) -> PreTrainedModel:
 def why_not_uniform(config: LowRankViTConfig) -> str | None:
     """What keeps a plan out of transformers' own classes, which have one head size (for queries, keys and values of all
     blocks), one MLP width, whole weights and no bypass; None where nothing does."""
+    if config.embedding_ranks:
+        return f"the {min(config.embedding_ranks)} of its embeddings is a product of two"
     for layer, (factors, bypass) in enumerate(zip(config.factor_ranks, config.bypass_ranks, strict=True)):
         if factors:
             return f"weight '{min(factors)}' of block {layer} is a product of two"

@@ -16,6 +16,7 @@ from transformers.activations import ACT2FN
 
 from .checkpoint import PREPROCESSOR, check_target, find_record, save_checkpoint
 from .dense import to_transformers, why_not_uniform
+from .embeddings import whole_positions, whole_projection
 from .errors import RunError, UserError, as_user_error, reason
 from .evaluation import count_parameters, load_classifier
 from .model_card import model_card
@@ -96,7 +97,9 @@ def densified(model: LowRankViTForImageClassification) -> LowRankViTForImageClas
     config, state = model.config, model.state_dict()
     whole = LowRankViTForImageClassification(_full_config(config)).eval()
     size = whole.config.query_key_ranks[0][0]
-    converted = {name: tensor for name, tensor in state.items() if not name.startswith("vit.blocks.")}
+    inner = ("vit.blocks.", "vit.embeddings.position", "vit.embeddings.projection")
+    converted = {name: tensor for name, tensor in state.items() if not name.startswith(inner)}
+    converted |= _whole_embeddings(model, whole)
     for layer in range(config.num_hidden_layers):
         own = f"vit.blocks.{layer}."
         block = {name.removeprefix(own): tensor for name, tensor in state.items() if name.startswith(own)}
@@ -113,8 +116,20 @@ def _full_config(config: LowRankViTConfig) -> LowRankViTConfig:
     size = max(config.hidden_size // config.num_attention_heads, *ranks)
     sizes = [[size] * config.num_attention_heads for _ in range(config.num_hidden_layers)]
     whole = {"query_key_ranks": sizes, "value_output_ranks": [list(layer) for layer in sizes]}
-    shrunk = {"mlp_widths": None, "factor_ranks": None, "bypass_ranks": None}
+    shrunk = {"mlp_widths": None, "factor_ranks": None, "bypass_ranks": None, "embedding_ranks": None}
     return LowRankViTConfig.from_dict({**config.to_dict(), **whole, **shrunk})
+
+
+def _whole_embeddings(
+    model: LowRankViTForImageClassification, whole: LowRankViTForImageClassification
+) -> dict[str, Tensor]:
+    weight, bias = whole_projection(model.vit.embeddings)
+    projection: Any = whole.vit.embeddings.projection
+    return {
+        "vit.embeddings.position_embeddings": whole_positions(model.vit.embeddings)[None].float(),
+        "vit.embeddings.projection.weight": weight.float().view_as(projection.weight),
+        "vit.embeddings.projection.bias": bias.float(),
+    }
 
 
 def _full_attention(

@@ -125,7 +125,8 @@ def model_card(record: dict[str, Any], *, picture: str | None = None) -> str:
 def _method(recipe: dict[str, Any]) -> list[str]:
     """What was done, in sentences."""
     preset, compensation = recipe.get("preset", OURS), recipe.get("compensation")
-    sizes = ", as many everywhere," if recipe.get("native") else " (and a low-rank bypass where that pays),"
+    low_rank = " (and a low-rank bypass or projection of the patches where that pays),"
+    sizes = ", as many everywhere," if recipe.get("native") else low_rank
     made = (
         f"Every attention head keeps only the ranks, and every MLP only the hidden units{sizes} that its activations "
         "on a set of images need."

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from .allocation import SMALLEST_SIZE, ErrorCurve, ImpossibleBudgetError, allocate, allocate_pair, hull_corners
 from .candidates.block import BlockCandidates, UnitCosts
+from .candidates.embedding import EmbeddingCandidates
 from .errors import UserError
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import pair
@@ -24,14 +25,15 @@ _NO_BYPASS = ErrorCurve(np.zeros(1), 0, smallest=0)
 
 @dataclass(frozen=True)
 class RankPlan:
-    """Per layer (and head): inner sizes of query-key, of value-output, of the MLP and the bypass around it; and the
-    rise of the loss."""
+    """Per layer (and head): inner sizes of query-key, of value-output, of the MLP and the bypass around it; the rise of
+    the loss; and the ranks of the pieces of the embeddings that are not whole."""
 
     query_key_ranks: list[list[int]]
     value_output_ranks: list[list[int]]
     mlp_widths: list[int]
     bypass_ranks: list[int]
     predicted_loss: float
+    embedding_ranks: dict[str, int] = field(default_factory=dict)
 
     def apply(self, config: LowRankViTConfig) -> LowRankViTConfig:
         """A copy of a configuration with these sizes."""
@@ -41,6 +43,7 @@ class RankPlan:
             value_output_ranks=self.value_output_ranks,
             mlp_widths=self.mlp_widths,
             bypass_ranks=self.bypass_ranks,
+            embedding_ranks=self.embedding_ranks,
         )
         return LowRankViTConfig.from_dict(fields)
 
@@ -52,9 +55,11 @@ def choose_ranks(
     query_key_weight: float,
     multiple: int,
     with_bypasses: bool = True,
+    embedding: Mapping[str, ErrorCurve] | None = None,
 ) -> RankPlan:
     """The plan with the least predicted loss whose pieces cost at most `budget` (the rest of the model not counted).
 
+    embedding: curves of pieces of the embeddings, by name, whose largest size stands for the whole piece.
     multiple: what the sizes of a layer, heads taken together, are multiples of; but a bypass is small, and free.
 
     What a bypass gains depends on the width beside it: after a first plan without, each of a few rounds offers the
@@ -64,17 +69,18 @@ def choose_ranks(
         ImpossibleBudgetError: the smallest sizes cost more.
     """
     per_block = [block.curves(cost, query_key_weight, multiple) for block, cost in zip(candidates, costs, strict=True)]
-    bypasses, plans = [_NO_BYPASS] * len(per_block), []
+    bypasses, plans, embedding = [_NO_BYPASS] * len(per_block), [], embedding or {}
 
     @cache  # most widths stay from round to round
     def bypass_curve(block: int, width: int) -> ErrorCurve:
         return candidates[block].bypass_curve(width, costs[block])
 
     for _ in range(1 + BYPASS_ROUNDS * with_bypasses):
-        pieces = _allocated(per_block, bypasses, budget)
+        pieces, others = _allocated(per_block, bypasses, list(embedding.values()), budget)
         if with_bypasses:
             bypasses = [bypass_curve(block, own[2]) for block, own in enumerate(pieces)]
-        plans.append(_plan(candidates, per_block, bypasses, pieces))
+        plan = _plan(candidates, per_block, bypasses, pieces)
+        plans.append(_with_embedding(plan, embedding, others))
     return min(plans, key=lambda plan: plan.predicted_loss)
 
 
@@ -105,12 +111,24 @@ def choose_native_ranks(
 
 
 def _allocated(
-    per_block: Sequence[Sequence[ErrorCurve]], bypasses: Sequence[ErrorCurve], budget: int
-) -> list[list[int]]:
-    """Per block the sizes of its curves, then the rank of its bypass."""
+    per_block: Sequence[Sequence[ErrorCurve]],
+    bypasses: Sequence[ErrorCurve],
+    others: Sequence[ErrorCurve],
+    budget: int,
+) -> tuple[list[list[int]], list[int]]:
+    """Per block the sizes of its curves, then the rank of its bypass; and the sizes of the other curves."""
     offered = [[*curves, bypass] for curves, bypass in zip(per_block, bypasses, strict=True)]
-    sizes = iter(allocate([curve for block in offered for curve in block], budget))
-    return [[next(sizes) for _ in block] for block in offered]
+    sizes = iter(allocate([*(curve for block in offered for curve in block), *others], budget))
+    return [[next(sizes) for _ in block] for block in offered], list(sizes)
+
+
+def _with_embedding(plan: RankPlan, curves: Mapping[str, ErrorCurve], sizes: Sequence[int]) -> RankPlan:
+    chosen = dict(zip(curves, sizes, strict=True))
+    return replace(
+        plan,
+        predicted_loss=plan.predicted_loss + sum(float(curves[name].errors[size]) for name, size in chosen.items()),
+        embedding_ranks={name: size for name, size in chosen.items() if size < curves[name].largest},
+    )
 
 
 def _plan(
@@ -139,6 +157,7 @@ def _plan(
 
 def budgeted_ranks(
     candidates: Sequence[BlockCandidates],
+    embedding: EmbeddingCandidates,
     config: LowRankViTConfig,
     limit: int,
     cost: str,
@@ -153,10 +172,16 @@ def budgeted_ranks(
         UserError: the limit lies below what the smallest ranks cost; says how much that is.
     """
     costs, fixed = model_costs(config, cost, native)
+    of_embedding = embedding_costs(config, cost)
+    # At full size there is nothing to choose; two factors may end just above what the piece costs as it is.
+    whole_model = native or limit >= plan_cost(config, cost)
+    largest = {} if whole_model else largest_embedding_ranks(config, cost, multiple)
+    fixed += sum(whole for name, (_, whole) in of_embedding.items() if name not in largest)
     try:
         if native:
             return choose_native_ranks(candidates, costs, limit - fixed, query_key_weight)
-        return choose_ranks(candidates, costs, limit - fixed, query_key_weight, multiple, with_bypasses)
+        curves = embedding.curves(largest, {name: unit for name, (unit, _) in of_embedding.items()}, multiple)
+        return choose_ranks(candidates, costs, limit - fixed, query_key_weight, multiple, with_bypasses, curves)
     except ImpossibleBudgetError as error:
         raise unreachable(limit, cost, fixed + error.smallest_cost) from error
 
@@ -170,7 +195,7 @@ def unreachable(limit: int, cost: str, smallest: int, multiple: int = 1) -> User
     )
 
 
-def smallest_config(config: LowRankViTConfig, multiple: int) -> LowRankViTConfig:
+def smallest_config(config: LowRankViTConfig, multiple: int, cost: str, native: bool) -> LowRankViTConfig:
     """The smallest sizes that `budgeted_ranks` can choose; how a layer's are spread over its heads costs nothing."""
     layers, heads, width = config.num_hidden_layers, config.num_attention_heads, config.intermediate_size
     whole = sum(config.query_key_ranks[0])
@@ -185,6 +210,7 @@ def smallest_config(config: LowRankViTConfig, multiple: int) -> LowRankViTConfig
         mlp_widths=[min(multiple, width)] * layers,
         bypass_ranks=[0] * layers,
         predicted_loss=math.nan,
+        embedding_ranks={} if native else dict.fromkeys(largest_embedding_ranks(config, cost, multiple), multiple),
     )
     return smallest.apply(config)
 
@@ -219,7 +245,7 @@ def _curve_record(curve: ErrorCurve, chosen: int) -> dict[str, Any]:
 
 
 def model_costs(config: LowRankViTConfig, cost: str, native: bool = False) -> tuple[list[UnitCosts], int]:
-    """Cost of a unit of size in each block, and of everything that has no size to choose.
+    """Cost of a unit of size in each block, and of everything else but for the two pieces in `embedding_costs`.
 
     In this package's layout or, with `native`, in that of transformers.
     """
@@ -229,6 +255,8 @@ def model_costs(config: LowRankViTConfig, cost: str, native: bool = False) -> tu
 def plan_cost(config: LowRankViTConfig, cost: str, native: bool = False) -> int:
     """Parameters or FLOPs of a model with the sizes of `config`; FLOPs are those of matrix products, unpadded."""
     costs, fixed = model_costs(config, cost, native)
+    for name, (unit, whole) in embedding_costs(config, cost).items():
+        fixed += unit * config.embedding_ranks[name] if name in config.embedding_ranks else whole
     return fixed + sum(
         unit.query_key * sum(query_key)
         + unit.value_output * sum(value_output)
@@ -249,7 +277,7 @@ def _parameter_costs(config: LowRankViTConfig, native: bool) -> tuple[list[UnitC
     hidden, layers = config.hidden_size, config.num_hidden_layers
     bias, folded = int(config.qkv_bias), int(config.qkv_bias and native)  # transformers' keys and values have biases
     unit = UnitCosts(2 * hidden + bias + folded, 2 * hidden + folded, 2 * hidden + 1, 2 * hidden)
-    embeddings = hidden * (num_tokens(config) + config.num_prefix_tokens + _patch_values(config) + 1)
+    embeddings = hidden * (config.num_prefix_tokens + 1)
     heads = config.num_tokens_read * (config.num_labels or 0) * (hidden + 1)
     norms_and_biases = layers * 6 * hidden + 2 * hidden
     return [unit] * layers, embeddings + heads + norms_and_biases
@@ -265,9 +293,28 @@ def _flop_costs(config: LowRankViTConfig, native: bool) -> tuple[list[UnitCosts]
     # Our last block computes only the tokens that the classifier reads.
     last = unit(tokens if native else config.num_tokens_read)
     units = [unit(tokens)] * (config.num_hidden_layers - 1) + [last]
+    return units, 2 * hidden * config.num_tokens_read * (config.num_labels or 0)
+
+
+def embedding_costs(config: LowRankViTConfig, cost: str) -> dict[str, tuple[int, int]]:
+    """By name of a piece of the embeddings, what a rank of its two factors costs and what the whole piece does."""
+    hidden, tokens, values = config.hidden_size, num_tokens(config), _patch_values(config)
+    if cost == "parameters":
+        return {"projection": (values + hidden, values * hidden), "positions": (tokens + hidden, tokens * hidden)}
     patches = tokens - config.num_prefix_tokens
-    fixed = 2 * hidden * (patches * _patch_values(config) + config.num_tokens_read * (config.num_labels or 0))
-    return units, fixed
+    return {
+        "projection": (2 * patches * (values + hidden), 2 * patches * values * hidden),
+        "positions": (2 * tokens * hidden, 0),
+    }
+
+
+def largest_embedding_ranks(config: LowRankViTConfig, cost: str, multiple: int) -> dict[str, int]:
+    """By name of a piece of the embeddings, the largest rank at which two factors cost less than the whole piece.
+
+    Only where a multiple does; and not before a single block, which has no gradient of patch tokens to go by.
+    """
+    largest = {name: (whole - 1) // unit for name, (unit, whole) in embedding_costs(config, cost).items()}
+    return {name: rank for name, rank in largest.items() if rank >= multiple and config.num_hidden_layers > 1}
 
 
 def num_tokens(config: LowRankViTConfig) -> int:

@@ -82,4 +82,5 @@ def _inner_sizes(config: LowRankViTConfig) -> dict[str, Any]:
         "mlp_widths": config.mlp_widths,
         "factor_ranks": config.factor_ranks,
         "bypass_ranks": config.bypass_ranks,
+        "embedding_ranks": config.embedding_ranks,
     }

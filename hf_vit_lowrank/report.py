@@ -72,6 +72,7 @@ def report_page(
         tiles=_tiles(record, accuracies),
         evaluation=accuracies,
         heat_maps=_heat_maps(plan, config),
+        embedding_ranks=plan.get("embedding_ranks", {}),
         blocks=_block_bars(plan, _dense_width(record, config)),
         curves=_charts(record["error_curves"]) if record.get("error_curves") else None,
         drifts=_drift_bars(record["drift"]) if record.get("drift") else None,

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from .candidates.block import BlockCandidates
 from .candidates.bypass import bypass_candidate
+from .candidates.embedding import EmbeddingCandidates
+from .embeddings import whole_positions, whole_projection
 from .linalg import ridge_solve
 from .rank_plan import RankPlan
 from .remote.configuration_lowrank_vit import LowRankViTConfig
@@ -22,6 +24,7 @@ REFIT_RIDGE = 1e-5
 def shrink(
     dense: LowRankViTForImageClassification,
     candidates: Sequence[BlockCandidates],
+    embedding: EmbeddingCandidates,
     statistics: Sequence[BlockStatistics],
     plan: RankPlan,
 ) -> LowRankViTForImageClassification:
@@ -30,6 +33,7 @@ def shrink(
     What the plan leaves whole is copied as it is.
     """
     small = resized(dense, plan.apply(dense.config))
+    _shrink_embeddings(small, dense, embedding)
     parts: Any = zip(small.vit.blocks, dense.vit.blocks, candidates, statistics, strict=True)
     for block, source, candidate, moments in parts:
         _shrink_attention(block, source, candidate, moments)
@@ -45,7 +49,7 @@ def resized(dense: LowRankViTForImageClassification, config: LowRankViTConfig) -
     small = LowRankViTForImageClassification(config).eval()
     nn.Module.to(small, dense.device)
     shapes = {name: tensor.shape for name, tensor in small.state_dict().items()}
-    same = {name: tensor for name, tensor in dense.state_dict().items() if shapes[name] == tensor.shape}
+    same = {name: tensor for name, tensor in dense.state_dict().items() if shapes.get(name) == tensor.shape}
     small.load_state_dict(same, strict=False)
     return small
 
@@ -85,6 +89,33 @@ def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None = None) ->
     linear.weight.copy_(weight)
     if bias is not None:
         linear.bias.copy_(bias)
+
+
+@torch.no_grad()
+def _shrink_embeddings(
+    small: LowRankViTForImageClassification, dense: LowRankViTForImageClassification, candidates: EmbeddingCandidates
+) -> None:
+    """What all patches share goes into the projection's bias, the positions of the prefix tokens into the tokens."""
+    ranks, prefix = small.config.embedding_ranks, small.config.num_prefix_tokens
+    embeddings: Any = small.vit.embeddings
+    projection = embeddings.projection
+    weight, bias = whole_projection(dense.vit.embeddings)
+    if "projection" in ranks:
+        expand, reduce = candidates.projection.factors(ranks["projection"])
+        projection.reduce.weight.copy_((reduce @ weight).view_as(projection.reduce.weight))
+        projection.expand.weight.copy_(expand[:, :, None, None])
+        bias = candidates.projection_mean + expand @ (reduce @ (bias - candidates.projection_mean))
+    if "positions" in ranks:
+        expand, reduce = candidates.positions.factors(ranks["positions"])
+        embeddings.position_embeddings.zero_()
+        embeddings.position_embeddings[0, prefix:] = expand
+        embeddings.position_basis.copy_(reduce)
+        bias = bias + candidates.positions_mean
+        tokens = [embeddings.cls_token, embeddings.distillation_token][:prefix]
+        for token, place in zip(tokens, whole_positions(dense.vit.embeddings)[:prefix], strict=True):
+            token += place.to(token)
+    if ranks:
+        getattr(projection, "expand", projection).bias.copy_(bias)
 
 
 def _shrink_attention(

@@ -33,6 +33,8 @@ def show_plan(report: dict[str, Any]) -> None:
     for block, (query_key, value_output, width, bypass) in enumerate(rows):
         table.add_row(str(block), _numbers(query_key), _numbers(value_output), str(width), str(bypass))
     console.print(table)
+    for name, rank in plan["embedding_ranks"].items():
+        console.print(f"The {name} of the embeddings: rank {rank}")
     console.print(_sizes(report))
     for line in _notes(report):
         console.print(line)

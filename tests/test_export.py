@@ -24,7 +24,7 @@ from hf_vit_lowrank.evaluation import count_flops, count_parameters
 from hf_vit_lowrank.export import densified, export_dense, export_native, export_onnx
 from hf_vit_lowrank.images import load_image_processor
 from hf_vit_lowrank.recipe import CompressionRecipe
-from hf_vit_lowrank.remote.configuration_lowrank_vit import FACTORABLE, LowRankViTConfig
+from hf_vit_lowrank.remote.configuration_lowrank_vit import FACTORABLE, FACTORABLE_EMBEDDINGS, LowRankViTConfig
 from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification
 
 PREPROCESSOR = b'{ "image_processor_type":"ViTImageProcessor",\n "size":{"height":16, "width":16}, "resample": 3}\n'
@@ -93,6 +93,7 @@ def plans(draw):
         "mlp_widths": widths,
         "factor_ranks": draw(per_layer(st.dictionaries(st.sampled_from(FACTORABLE), st.integers(1, 12)))),
         "bypass_ranks": [draw(st.integers(0, (20 - width) // 2)) for width in widths],
+        "embedding_ranks": draw(st.dictionaries(st.sampled_from(FACTORABLE_EMBEDDINGS), st.integers(1, 12))),
         "hidden_act": draw(st.sampled_from(["gelu", "gelu_new", "relu", "silu"])),
         "qkv_bias": draw(st.booleans()),
         "use_distillation_token": token,
@@ -141,6 +142,7 @@ def test_a_uniform_plan_is_a_class_of_transformers_and_comes_back(fields, archit
         ({"value_output_ranks": [[4, 4, 4], [4, 4, 4]]}, "ranks, from 3 to 4"),
         ({"factor_ranks": [{}, {"down": 2}]}, "'down' of block 1"),
         ({"bypass_ranks": [0, 1]}, "block 1 has a low-rank bypass"),
+        ({"embedding_ranks": {"projection": 2}}, "the projection of its embeddings is a product of two"),
     ],
 )
 def test_why_a_plan_is_not_native(fields, reason, make_folder, tmp_path):

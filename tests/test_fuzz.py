@@ -78,7 +78,7 @@ def test_any_plan_saves_and_loads_exactly(image_processor, tmp_path_factory, con
     model = make_model(config)
     save_checkpoint(model, image_processor, folder, record={}, card="")
     again, _, _ = load_checkpoint(folder)
-    plan = ("query_key_ranks", "value_output_ranks", "mlp_widths", "factor_ranks", "bypass_ranks")
+    plan = ("query_key_ranks", "value_output_ranks", "mlp_widths", "factor_ranks", "bypass_ranks", "embedding_ranks")
     assert all(getattr(again.config, name) == getattr(config, name) for name in plan)
     state = again.state_dict()
     assert all((state[name] == values).all() for name, values in model.state_dict().items())
@@ -102,7 +102,8 @@ def test_a_damaged_plan_is_refused_or_still_a_plan(config, path, junk):
     fields |= {"intermediate_size": config.intermediate_size, "image_size": config.image_size, "format_version": 1}
     fields |= {"query_key_ranks": config.query_key_ranks, "value_output_ranks": config.value_output_ranks}
     fields |= {"mlp_widths": config.mlp_widths, "factor_ranks": config.factor_ranks}
-    fields |= {"bypass_ranks": config.bypass_ranks, "patch_size": config.patch_size}
+    fields |= {"embedding_ranks": config.embedding_ranks, "bypass_ranks": config.bypass_ranks}
+    fields |= {"patch_size": config.patch_size}
     damaged = _damaged(fields, path, junk)
     try:
         LowRankViTConfig(**damaged)

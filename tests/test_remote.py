@@ -133,6 +133,9 @@ def configs(draw) -> LowRankViTConfig:
         mlp_widths=draw(st.lists(st.integers(1, intermediate), min_size=layers, max_size=layers)),
         factor_ranks=draw(st.none() | st.lists(factors, min_size=layers, max_size=layers)),
         bypass_ranks=draw(st.none() | st.lists(st.integers(0, hidden), min_size=layers, max_size=layers)),
+        embedding_ranks=draw(
+            st.none() | st.dictionaries(st.sampled_from(["projection", "positions"]), st.integers(1, hidden))
+        ),
     )
 
 
@@ -162,7 +165,10 @@ def parameters_of_plan(config: LowRankViTConfig) -> int:
     height, width = config.image_size if isinstance(config.image_size, list) else [config.image_size] * 2
     prefix = 1 + config.use_distillation_token
     tokens = prefix + (height // config.patch_size) * (width // config.patch_size)
-    total = (prefix + tokens) * d + config.num_channels * config.patch_size**2 * d + d  # embeddings
+    values, embedding = config.num_channels * config.patch_size**2, config.embedding_ranks
+    total = prefix * d + d
+    total += embedding["projection"] * (values + d) if "projection" in embedding else values * d
+    total += embedding["positions"] * (tokens + d) if "positions" in embedding else tokens * d
     for qk, vo, width in zip(config.query_key_ranks, config.value_output_ranks, config.mlp_widths, strict=True):
         total += sum(qk) * (2 * d + config.qkv_bias) + sum(vo) * 2 * d + d + width * (2 * d + 1) + d + 4 * d
     for layer, factors in enumerate(config.factor_ranks):
@@ -192,12 +198,14 @@ def reference_logits(model: LowRankViTForImageClassification, pixels: torch.Tens
     size = config.patch_size
     patches = pixels.double().unfold(2, size, size).unfold(3, size, size)  # batch, channel, row, column, size, size
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-    kernel = state["vit.embeddings.projection.weight"].flatten(1)
-    x = patches @ kernel.T + state["vit.embeddings.projection.bias"]
+    flat = {name: tensor.flatten(1) if tensor.dim() == 4 else tensor for name, tensor in state.items()}
+    state.update(flat)
+    x = linear(patches, "vit.embeddings.projection")
     for name in ("distillation_token", "cls_token"):
         if f"vit.embeddings.{name}" in state:
             x = torch.cat((state[f"vit.embeddings.{name}"].expand(len(x), 1, -1), x), 1)
-    x = x + state["vit.embeddings.position_embeddings"]
+    positions = state["vit.embeddings.position_embeddings"]
+    x = x + (positions @ state["vit.embeddings.position_basis"] if "positions" in config.embedding_ranks else positions)
     for layer in range(config.num_hidden_layers):
         block = f"vit.blocks.{layer}"
         normed = norm(x, f"{block}.attention_norm")
@@ -331,6 +339,9 @@ def test_newer_format_is_refused(image_processor, tmp_path: Path):
         ({"factor_ranks": [{}, {"key_value": 3}]}, "factor_ranks must map names"),
         ({"factor_ranks": [{}, {"key": 0}]}, "factor_ranks must be whole numbers from 1 to 12"),
         ({"factor_ranks": [{"up": 13}, {}]}, "factor_ranks must be whole numbers from 1 to 12"),
+        ({"embedding_ranks": {"norm": 1}}, "embedding_ranks must map names among projection, positions"),
+        ({"embedding_ranks": {"positions": 13}}, "embedding_ranks must be whole numbers from 1 to 12"),
+        ({"embedding_ranks": [3]}, "embedding_ranks must map names"),
         ({"bypass_ranks": [1]}, "bypass_ranks must hold 2 numbers"),
         ({"bypass_ranks": [1, -1]}, "bypass_ranks must be whole numbers from 0 to 12"),
         ({"use_distillation_head": True}, "needs use_distillation_token"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import processes
+from ..embeddings import embedded_by
 from ..linalg import RELATIVE_FLOOR
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
 
@@ -17,9 +18,9 @@ from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageCla
 def block_drifts(
     dense: LowRankViTForImageClassification, small: LowRankViTForImageClassification, embeddings: Sequence[Tensor]
 ) -> list[float]:
-    """For each block the drift behind it, on batches of embeddings (images, tokens, d), which both models share."""
+    """For each block the drift behind it, on batches of the dense model's embeddings (images, tokens, d)."""
     num_read, layers = dense.config.num_tokens_read, len(dense.vit.blocks)
-    dense_stream, small_stream = list(embeddings), list(embeddings)
+    dense_stream, small_stream = list(embeddings), embedded_by(small, dense, embeddings)
     drifts = []
     blocks: Any = zip(dense.vit.blocks, small.vit.blocks, strict=True)
     for layer, (source, block) in enumerate(blocks):

@@ -9,6 +9,8 @@ from transformers.configuration_utils import PretrainedConfig
 FORMAT_VERSION = 1
 # The weights of a block that can be a product of two.
 FACTORABLE = ("query", "key", "value", "output", "up", "down")
+# The pieces of the embeddings that can: the projection of the patches, and the position embeddings.
+FACTORABLE_EMBEDDINGS = ("projection", "positions")
 # Far above any real model. What is larger is damage or an attack, and refused before anything of that size is made.
 LARGEST = {
     "hidden_size": 100_000,
@@ -32,6 +34,8 @@ class LowRankViTConfig(PretrainedConfig):
         factor_ranks: per layer, the ranks of the weights stored as a product of two, by name (`FACTORABLE`); a weight
             that is not named is whole.
         bypass_ranks: per layer, the rank of a low-rank map beside the MLP, from its input to its output; 0 for none.
+        embedding_ranks: the ranks of the pieces of the embeddings stored as a product of two, by name
+            (`FACTORABLE_EMBEDDINGS`); one that is not named is whole.
         use_distillation_token: a second prefix token, as in DeiT.
         use_distillation_head: a second classifier that reads the distillation token; the logits are averaged.
         format_version: layout of the parameters; a newer one than this code knows is refused.
@@ -66,6 +70,7 @@ class LowRankViTConfig(PretrainedConfig):
         mlp_widths: list[int] | None = None,
         factor_ranks: list[dict[str, int]] | None = None,
         bypass_ranks: list[int] | None = None,
+        embedding_ranks: dict[str, int] | None = None,
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ):
@@ -92,6 +97,7 @@ class LowRankViTConfig(PretrainedConfig):
         self.mlp_widths = [intermediate_size] * num_hidden_layers if mlp_widths is None else mlp_widths
         self.factor_ranks = [{} for _ in range(num_hidden_layers)] if factor_ranks is None else factor_ranks
         self.bypass_ranks = [0] * num_hidden_layers if bypass_ranks is None else bypass_ranks
+        self.embedding_ranks = {} if embedding_ranks is None else embedding_ranks
         self._check()
         self._check_total(kwargs)
         super().__init__(**kwargs)
@@ -159,14 +165,18 @@ class LowRankViTConfig(PretrainedConfig):
         if not _is_list(self.factor_ranks, self.num_hidden_layers):
             raise ValueError(f"factor_ranks must hold {self.num_hidden_layers} dictionaries, one per layer.")
         for ranks in self.factor_ranks:
-            if not isinstance(ranks, dict) or not set(ranks) <= set(FACTORABLE):
-                raise ValueError(f"factor_ranks must map names among {', '.join(FACTORABLE)} to ranks, not {ranks}.")
-            if any(not _is_count(rank, 1, self.hidden_size) for rank in ranks.values()):
-                raise ValueError(f"factor_ranks must be whole numbers from 1 to {self.hidden_size}.")
+            self._check_named_ranks("factor_ranks", ranks, FACTORABLE)
+        self._check_named_ranks("embedding_ranks", self.embedding_ranks, FACTORABLE_EMBEDDINGS)
         if not _is_list(self.bypass_ranks, self.num_hidden_layers):
             raise ValueError(f"bypass_ranks must hold {self.num_hidden_layers} numbers, one per layer.")
         if any(not _is_count(rank, 0, self.hidden_size) for rank in self.bypass_ranks):
             raise ValueError(f"bypass_ranks must be whole numbers from 0 to {self.hidden_size}.")
+
+    def _check_named_ranks(self, field: str, ranks: Any, names: tuple[str, ...]) -> None:
+        if not isinstance(ranks, dict) or not set(ranks) <= set(names):
+            raise ValueError(f"{field} must map names among {', '.join(names)} to ranks, not {ranks}.")
+        if any(not _is_count(rank, 1, self.hidden_size) for rank in ranks.values()):
+            raise ValueError(f"{field} must be whole numbers from 1 to {self.hidden_size}.")
 
     def _check_total(self, labels: dict[str, Any]) -> None:
         height, width = _sides(self.image_size)

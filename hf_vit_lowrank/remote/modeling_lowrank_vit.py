@@ -4,7 +4,8 @@ Attention multiplies its weights in pairs: scores are products of a query and a 
 value and an output weight. Only the inner size of a pair (its rank) is smaller than in the dense ViT, so the arithmetic
 shrinks with the parameters and no extra matrix product appears. Heads of one layer may differ in rank: their factors
 are stored side by side without padding, and padded only where the attention kernel wants one size. Besides, any single
-weight may be a product of two low-rank ones, and an MLP may have a low-rank map beside it.
+weight, that of the patches and the position embeddings included, may be a product of two low-rank ones, and an MLP may
+have a low-rank map beside it.
 
 This file is copied into every checkpoint. It needs nothing but torch and transformers.
 """
@@ -51,15 +52,29 @@ class LowRankViTEmbeddings(nn.Module):
             nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.use_distillation_token else None
         )
         num_positions = config.num_prefix_tokens + self.grid[0] * self.grid[1]
-        self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, config.hidden_size))
-        self.projection = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=self.patch_size, stride=self.patch_size
-        )
+        rank = config.embedding_ranks.get("positions")
+        self.position_embeddings = nn.Parameter(torch.zeros(1, num_positions, rank or config.hidden_size))
+        # No linear map, which quantisers and adapters would take for one of the model's.
+        self.position_basis = nn.Parameter(torch.zeros(rank, config.hidden_size)) if rank else None
+        self.projection = self._projection(config, config.embedding_ranks.get("projection"))
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
         self.num_prefix_tokens = config.num_prefix_tokens
 
-    def interpolated_positions(self, height: int, width: int) -> torch.Tensor:
-        """Position embeddings for another image size, bicubic over the patch grid, as transformers' ViT does it."""
+    def _projection(self, config: LowRankViTConfig, rank: int | None) -> nn.Module:
+        channels, hidden, size = config.num_channels, config.hidden_size, self.patch_size
+        if rank is None:
+            return nn.Conv2d(channels, hidden, size, stride=size)
+        reduce = nn.Conv2d(channels, rank, size, stride=size, bias=False)
+        return nn.Sequential(OrderedDict(reduce=reduce, expand=nn.Conv2d(rank, hidden, kernel_size=1)))
+
+    def positions(self, height: int, width: int) -> torch.Tensor:
+        """Position embeddings for images of this size: (1, prefix + patches, hidden)."""
+        same_grid = (height // self.patch_size[0], width // self.patch_size[1]) == self.grid
+        positions = self.position_embeddings if same_grid else self._interpolated(height, width)
+        return positions if self.position_basis is None else positions @ self.position_basis
+
+    def _interpolated(self, height: int, width: int) -> torch.Tensor:
+        """For another image size, bicubic over the patch grid, as transformers' ViT does it."""
         grid = (height // self.patch_size[0], width // self.patch_size[1])
         prefix = self.position_embeddings[:, : self.num_prefix_tokens]
         patches = self.position_embeddings[:, self.num_prefix_tokens :]
@@ -79,9 +94,7 @@ class LowRankViTEmbeddings(nn.Module):
         patches = self.projection(pixel_values).flatten(2).transpose(1, 2)
         prefix = [self.cls_token] if self.distillation_token is None else [self.cls_token, self.distillation_token]
         tokens = torch.cat([token.expand(batch, -1, -1) for token in prefix] + [patches], dim=1)
-        same_grid = (height // self.patch_size[0], width // self.patch_size[1]) == self.grid
-        positions = self.position_embeddings if same_grid else self.interpolated_positions(height, width)
-        return self.dropout(tokens + positions)
+        return self.dropout(tokens + self.positions(height, width))
 
 
 def split_heads(states: torch.Tensor, ranks: list[int], size: int) -> torch.Tensor:
@@ -260,8 +273,8 @@ class LowRankViTPreTrainedModel(PreTrainedModel):
             init.zeros_(module.bias)
             init.ones_(module.weight)
         elif isinstance(module, LowRankViTEmbeddings):
-            for parameter in (module.cls_token, module.distillation_token, module.position_embeddings):
-                if parameter is not None:
+            for name in ("cls_token", "distillation_token", "position_embeddings", "position_basis"):
+                if (parameter := getattr(module, name)) is not None:
                     init.trunc_normal_(parameter, mean=0.0, std=self.config.initializer_range)
 
 
@@ -309,7 +322,7 @@ class LowRankViTModel(LowRankViTPreTrainedModel):
         if output_attentions or output_hidden_states:
             num_tokens_read = None
         hidden_states = self.embeddings(
-            pixel_values.to(self.embeddings.projection.weight.dtype), bool(interpolate_pos_encoding)
+            pixel_values.to(self.embeddings.cls_token.dtype), bool(interpolate_pos_encoding)
         )
         all_hidden_states, all_attentions = [hidden_states], []
         for layer, block in enumerate(self.blocks):

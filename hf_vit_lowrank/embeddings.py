@@ -1,0 +1,60 @@
+"""What the blocks of a smaller model read, from what the dense model's read: pixels are needed once only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .linalg import RELATIVE_FLOOR, eigh
+from .remote.modeling_lowrank_vit import LowRankViTEmbeddings, LowRankViTForImageClassification
+
+
+@torch.no_grad()
+def embedded_by(
+    small: LowRankViTForImageClassification, dense: LowRankViTForImageClassification, batches: Sequence[Tensor]
+) -> list[Tensor]:
+    """Embeddings of the same images by `small`, from batches of those by `dense`: (images, tokens, d) both.
+
+    The rows of the smaller projection W' are sums of those of the dense W, so W' x = W' W⁺ (W x).
+    """
+    if not small.config.embedding_ranks:
+        return list(batches)
+    ours, theirs = small.vit.embeddings, dense.vit.embeddings
+    our_weight, our_bias = whole_projection(ours)
+    weight, bias = whole_projection(theirs)
+    values, vectors = eigh(weight @ weight.mT)
+    kept = values > RELATIVE_FLOOR * values[-1]
+    change = our_weight @ weight.mT @ (vectors * torch.where(kept, values, 1.0).reciprocal() * kept) @ vectors.mT
+    prefix, our_tokens, their_tokens = dense.config.num_prefix_tokens, _constant(ours), _constant(theirs)
+    shift = our_tokens - their_tokens
+    shift[prefix:] = our_tokens[prefix:] + our_bias - (their_tokens[prefix:] + bias) @ change.mT
+    change, shift = change.float(), shift.float()
+    return [torch.cat((batch[:, :prefix], batch[:, prefix:] @ change.mT), 1) + shift for batch in batches]
+
+
+def whole_projection(embeddings: LowRankViTEmbeddings) -> tuple[Tensor, Tensor]:
+    """Weight (d, values of a patch), multiplied out, and bias (d,): float64, on the CPU."""
+    parts: Any = embeddings.projection
+    if isinstance(parts, torch.nn.Conv2d):
+        weight, bias = parts.weight.flatten(1), parts.bias
+    else:
+        reduce, expand = (part.weight.flatten(1).cpu().double() for part in parts)
+        weight, bias = expand @ reduce, parts.expand.bias
+    return weight.detach().cpu().double(), bias.detach().cpu().double()
+
+
+def whole_positions(embeddings: LowRankViTEmbeddings) -> Tensor:
+    """(tokens, d), multiplied out: float64, on the CPU."""
+    positions, basis = embeddings.position_embeddings.detach()[0].cpu().double(), embeddings.position_basis
+    return positions if basis is None else positions @ basis.detach().cpu().double()
+
+
+def _constant(embeddings: LowRankViTEmbeddings) -> Tensor:
+    """What every image's tokens (tokens, d) have in them, but for the projection's bias."""
+    tokens = whole_positions(embeddings).clone()
+    prefix: list[Any] = [embeddings.cls_token, embeddings.distillation_token][: embeddings.num_prefix_tokens]
+    tokens[: len(prefix)] += torch.cat([token.detach()[0] for token in prefix]).cpu().double()
+    return tokens
