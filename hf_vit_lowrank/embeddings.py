@@ -37,13 +37,12 @@ def embedded_by(
 
 def whole_projection(embeddings: LowRankViTEmbeddings) -> tuple[Tensor, Tensor]:
     """Weight (d, values of a patch), multiplied out, and bias (d,): float64, on the CPU."""
-    parts: Any = embeddings.projection
-    if isinstance(parts, torch.nn.Conv2d):
-        weight, bias = parts.weight.flatten(1), parts.bias
-    else:
-        reduce, expand = (part.weight.flatten(1).cpu().double() for part in parts)
-        weight, bias = expand @ reduce, parts.expand.bias
-    return weight.detach().cpu().double(), bias.detach().cpu().double()
+    projection: Any = embeddings.projection
+    factors = [projection] if isinstance(projection, torch.nn.Conv2d) else list(projection)
+    weight, *others = (factor.weight.detach().flatten(1).cpu().double() for factor in factors)
+    for other in others:
+        weight = other @ weight
+    return weight, factors[-1].bias.detach().cpu().double()
 
 
 def whole_positions(embeddings: LowRankViTEmbeddings) -> Tensor:
