@@ -38,7 +38,7 @@ def embedded_by(
 def whole_projection(embeddings: LowRankViTEmbeddings) -> tuple[Tensor, Tensor]:
     """Weight (d, values of a patch), multiplied out, and bias (d,): float64, on the CPU."""
     projection: Any = embeddings.projection
-    factors = [projection] if isinstance(projection, torch.nn.Conv2d) else list(projection)
+    factors: list[Any] = [projection] if hasattr(projection, "weight") else list(projection)
     weight, *others = (factor.weight.detach().flatten(1).cpu().double() for factor in factors)
     for other in others:
         weight = other @ weight

@@ -26,6 +26,7 @@ from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.recipe import CompressionRecipe
 
 Constant = tuple[str, str, Any]
+WHOLE_EMBEDDINGS: Constant = ("rank_plan", "largest_embedding_ranks", lambda *_: {})
 # Of the trials that want a GPU.
 LONG = {"compensation": "distill", "distill_epochs": 180, "batch_size": 64}
 # Trial: what differs in the recipe, and the constants that differ.
@@ -38,10 +39,12 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     "closed form, value-output x3": ({}, [("candidates.block", "VALUE_OUTPUT_WEIGHT", 3.0)]),
     "closed form, last MLP as the others": ({}, [("candidates.block", "LAST_WIDTH_WEIGHT", 1.0)]),
     "closed form, sizes in multiples of 1": ({"rank_multiple": 1}, []),
+    "closed form, embeddings whole": ({}, [WHOLE_EMBEDDINGS]),
     "gradient": ({"compensation": "gradient"}, []),
     "gradient, no random views": ({"compensation": "gradient"}, [("compensation.steps", "VIEWS", 0)]),
     "gradient, 1 pass": ({"compensation": "gradient"}, [("compensation.gradient", "EPOCHS", 1)]),
     "gradient, 8 passes": ({"compensation": "gradient"}, [("compensation.gradient", "EPOCHS", 8)]),
+    "gradient, embeddings whole": ({"compensation": "gradient"}, [WHOLE_EMBEDDINGS]),
     "gradient, bypasses": ({"compensation": "gradient"}, [("budget", "TRAINED", ())]),
     "gradient, 5 views and 2 passes": (
         {"compensation": "gradient"},
