@@ -13,6 +13,7 @@ from hf_vit_lowrank.calibration import calibrate, held_back_agreement, held_back
 from hf_vit_lowrank.checkpoint import load_checkpoint
 from hf_vit_lowrank.compensation.closed_form import compensate_closed_form
 from hf_vit_lowrank.compress import build, compress, plan
+from hf_vit_lowrank.embeddings import embedded_by
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.evaluation import count_parameters, evaluate_classifier
 from hf_vit_lowrank.images import open_images
@@ -77,7 +78,8 @@ def test_compensation_brings_the_stream_nearer(calibrated):
     drifts = []
     for recipe in (replace(smaller, compensation="none"), smaller):
         model = build(calibrated, recipe).model
-        dense_stream = small_stream = torch.cat(calibrated.held_back)
+        dense_stream = torch.cat(calibrated.held_back)
+        (small_stream,) = embedded_by(model, calibrated.dense.model, [dense_stream])
         distances = []
         for dense, small in zip(calibrated.dense.model.vit.blocks, model.vit.blocks, strict=True):
             dense_stream, small_stream = dense(dense_stream)[0], small(small_stream)[0]

@@ -174,7 +174,7 @@ class LowRankViTConfig(PretrainedConfig):
 
     def _check_named_ranks(self, field: str, ranks: Any, names: tuple[str, ...]) -> None:
         if not isinstance(ranks, dict) or not set(ranks) <= set(names):
-            raise ValueError(f"{field} must map names among {', '.join(names)} to ranks, not {ranks}.")
+            raise ValueError(f"{field} must map names among {', '.join(names)} to ranks, not {ranks!r}.")
         if any(not _is_count(rank, 1, self.hidden_size) for rank in ranks.values()):
             raise ValueError(f"{field} must be whole numbers from 1 to {self.hidden_size}.")
 
