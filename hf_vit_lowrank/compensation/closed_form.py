@@ -17,7 +17,6 @@ from torch import Tensor
 from .. import processes
 from ..candidates.block import output_metric
 from ..candidates.mlp_width import mlp_width_candidate
-from ..embeddings import embedded_by
 from ..exact_sums import rounded_products, rounded_sum, units_of
 from ..linalg import ridge_solve
 from ..progress import track
@@ -47,12 +46,12 @@ def compensate_closed_form(
     embeddings: Sequence[Tensor],
     run: RunFolder,
 ) -> list[BlockDrift]:
-    """Refit `small` in place on this process's batches of the dense model's embeddings (images, tokens, d).
+    """Refit `small` in place on this process's batches of embeddings (images, tokens, d), which both models share.
 
     Holds two streams in memory, each of the size of `embeddings`. run: where finished blocks are kept.
     """
     num_read, layers = dense.config.num_tokens_read, len(dense.vit.blocks)
-    dense_stream, small_stream = list(embeddings), embedded_by(small, dense, embeddings)
+    dense_stream, small_stream = list(embeddings), list(embeddings)
     drifts = []
     blocks: Any = zip(dense.vit.blocks, small.vit.blocks, statistics, strict=True)
     for layer, (source, block, moments) in enumerate(track(blocks, "Compensating", layers, "blocks")):

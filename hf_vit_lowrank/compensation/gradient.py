@@ -17,7 +17,6 @@ from torch import Tensor
 
 from .. import processes
 from ..candidates.block import output_metric
-from ..embeddings import embedded_by
 from ..linalg import square_root
 from ..memory import near
 from ..precision import half_precision
@@ -54,15 +53,15 @@ def compensate_gradient(
     seed: int,
     run: RunFolder,
 ) -> list[BlockTraining]:
-    """Train `small` in place on this process's batches of the dense model's embeddings (images, tokens, d), several
-    views of an image among them.
+    """Train `small` in place on this process's batches of embeddings (images, tokens, d), several views of an image
+    among them.
 
     refit: fit each block in closed form first, on the stream that the trained blocks before it produce.
     run: where finished blocks are kept. Holds three streams in memory, each of the size of `fitting`.
     """
     num_read, layers = dense.config.num_tokens_read, len(dense.vit.blocks)
-    targets, inputs = list(fitting), embedded_by(small, dense, fitting)
-    held_targets, held_inputs = list(held_back), embedded_by(small, dense, held_back)
+    targets, inputs = list(fitting), list(fitting)
+    held_targets, held_inputs = list(held_back), list(held_back)
     records = []
     blocks: Any = zip(dense.vit.blocks, small.vit.blocks, statistics, strict=True)
     for layer, (source, block, moments) in enumerate(track(blocks, "Training block by block", layers, "blocks")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .. import processes
 from ..calibration import Calibrated, held_back_divergence, timed
+from ..embeddings import embedded_by
 from ..errors import UserError
 from ..evaluation import class_of_label
 from ..out_of_memory import with_smaller_batches
@@ -69,12 +71,20 @@ def measured_drifts(calibrated: Calibrated, model: LowRankViTForImageClassificat
     return [float(f"{value:.6g}") for value in block_drifts(calibrated.dense.model, model, images)]
 
 
+def _shared(calibrated: Calibrated, model: LowRankViTForImageClassification, batches: Sequence[Tensor]) -> list[Tensor]:
+    """The smaller model's embeddings, from which the dense blocks start as well.
+
+    What factors leave out of the patches does not matter there, and is nothing that the tokens read should pay for.
+    """
+    return embedded_by(model, calibrated.dense.model, batches)
+
+
 def _refit(calibrated: Calibrated, model: LowRankViTForImageClassification, run: RunFolder) -> list[BlockDrift]:
-    start = copy.deepcopy(model.state_dict())
+    start, embeddings = copy.deepcopy(model.state_dict()), _shared(calibrated, model, calibrated.fitting)
 
     def refit(size: int) -> list[BlockDrift]:
         model.load_state_dict(start)
-        parts = [part for batch in calibrated.fitting for part in batch.split(size)]
+        parts = [part for batch in embeddings for part in batch.split(size)]
         return compensate_closed_form(calibrated.dense.model, model, calibrated.statistics, parts, run)
 
     return with_smaller_batches("Compensation", refit, calibrated.images_at_once)
@@ -94,13 +104,14 @@ def _train_blocks(
     trained = copy.deepcopy(model) if shrunk is None else shrunk
     start = copy.deepcopy(trained.state_dict())
 
-    embeddings = calibrated.fitting + _view_embeddings(calibrated, recipe)
+    embeddings = _shared(calibrated, trained, calibrated.fitting + _view_embeddings(calibrated, recipe))
+    held_back = _shared(calibrated, trained, calibrated.held_back)
 
     def train(size: int) -> list[BlockTraining]:
         trained.load_state_dict(start)
         parts = [part for batch in embeddings for part in batch.split(size)]
         return compensate_gradient(
-            *(calibrated.dense.model, trained, calibrated.statistics, parts, calibrated.held_back),
+            *(calibrated.dense.model, trained, calibrated.statistics, parts, held_back),
             refit=shrunk is not None,
             seed=recipe.seed,
             run=run,
