@@ -30,7 +30,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 @pytest.fixture(scope="module")
 def checkpoint(digits_model, digits_data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "small"
-    recipe = CompressionRecipe(reduction=0.91, samples=128, rank_multiple=1)
+    recipe = CompressionRecipe(reduction=0.95, samples=128, rank_multiple=1)
     compress(str(digits_model), open_images(digits_data.calibration, samples=128), recipe).save_pretrained(folder)
     return folder
 
@@ -168,7 +168,7 @@ def test_the_command_on_the_page_is_one_that_makes_the_checkpoint(checkpoint, pa
     words = shlex.split(command)
     assert words[:3] == ["hf-vit-lowrank", "compress", record["source"]["location"]]
     options = dict(zip(words[3::2], words[4::2], strict=True))
-    assert options["--reduction"] == "0.91"
+    assert options["--reduction"] == "0.95"
     assert options["--samples"] == "128"
     assert options["--calibration"] == record["calibration"]["location"]
     known = {name for parameter in typer_options("compress") for name in parameter.opts}
