@@ -32,8 +32,8 @@ def flar_svd(inputs: PresetInputs, limit: int) -> LowRankViTForImageClassificati
     threshold is the change made by the uniform model of this size, divided by the number of weights; the ranks found
     are then scaled to the size, as in the authors' code. Different here: a weight that no rank is good enough for
     counts with its break-even rank and is scaled too, ranks are not rounded to multiples of 8 after scaling, and there
-    is no filter by latency; queries, keys and values are three weights, in the authors' models one. The search runs on the
-    first 32 calibration images, theirs on 512 that are blended.
+    is no filter by latency; queries, keys and values are three weights, in the authors' models one. The search runs on
+    the first 32 calibration images, theirs on 512 that are blended.
 
     Raises:
         UserError: the limit cannot be reached.
