@@ -51,9 +51,14 @@ def whole_positions(embeddings: LowRankViTEmbeddings) -> Tensor:
     return positions if basis is None else positions @ basis.detach().cpu().double()
 
 
+def prefix_tokens(embeddings: LowRankViTEmbeddings) -> list[Tensor]:
+    """The class token and, for DeiT, the distillation token: the parameters (1, 1, d)."""
+    return [token for token in (embeddings.cls_token, embeddings.distillation_token) if token is not None]
+
+
 def _constant(embeddings: LowRankViTEmbeddings) -> Tensor:
     """What every image's tokens (tokens, d) have in them, but for the projection's bias."""
     tokens = whole_positions(embeddings).clone()
-    prefix: list[Any] = [embeddings.cls_token, embeddings.distillation_token][: embeddings.num_prefix_tokens]
-    tokens[: len(prefix)] += torch.cat([token.detach()[0] for token in prefix]).cpu().double()
+    prefix = [token.detach()[0] for token in prefix_tokens(embeddings)]
+    tokens[: len(prefix)] += torch.cat(prefix).cpu().double()
     return tokens

@@ -174,8 +174,8 @@ def budgeted_ranks(
     costs, fixed = model_costs(config, cost, native)
     of_embedding = embedding_costs(config, cost)
     # At full size there is nothing to choose; two factors may end just above what the piece costs as it is.
-    whole_model = native or limit >= plan_cost(config, cost)
-    largest = {} if whole_model else largest_embedding_ranks(config, cost, multiple)
+    stay_whole = native or limit >= plan_cost(config, cost)
+    largest = {} if stay_whole else largest_embedding_ranks(config, cost, multiple)
     fixed += sum(whole for name, (_, whole) in of_embedding.items() if name not in largest)
     try:
         if native:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .candidates.block import BlockCandidates
 from .candidates.bypass import bypass_candidate
 from .candidates.embedding import EmbeddingCandidates
-from .embeddings import whole_positions, whole_projection
+from .embeddings import prefix_tokens, whole_positions, whole_projection
 from .linalg import ridge_solve
 from .rank_plan import RankPlan
 from .remote.configuration_lowrank_vit import LowRankViTConfig
@@ -111,8 +111,8 @@ def _shrink_embeddings(
         embeddings.position_embeddings[0, prefix:] = expand
         embeddings.position_basis.copy_(reduce)
         bias = bias + candidates.positions_mean
-        tokens = [embeddings.cls_token, embeddings.distillation_token][:prefix]
-        for token, place in zip(tokens, whole_positions(dense.vit.embeddings)[:prefix], strict=True):
+        places = whole_positions(dense.vit.embeddings)[:prefix]
+        for token, place in zip(prefix_tokens(embeddings), places, strict=True):
             token += place.to(token)
     if ranks:
         getattr(projection, "expand", projection).bias.copy_(bias)

@@ -86,7 +86,7 @@ def test_compensation_brings_the_stream_nearer(calibrated):
             distances.append((dense_stream - small_stream)[:, 0].square().mean().item())
         drifts.append(distances)
     # Of larger models of the digits there is little to repair: 0.84 with one thread and, of another model, with two.
-    assert drifts[1][-1] < 0.95 * drifts[0][-1]
+    assert drifts[1][-1] < 0.9 * drifts[0][-1]
 
 
 def test_compensation_of_a_whole_model_does_no_harm(calibrated):

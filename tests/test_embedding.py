@@ -16,7 +16,7 @@ from hf_vit_lowrank.recipe import CompressionRecipe
 from hf_vit_lowrank.remote.configuration_lowrank_vit import LowRankViTConfig
 from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification
 from hf_vit_lowrank.statistics import Moments, TokenGroups
-from hf_vit_lowrank.surgery import _shrink_embeddings
+from hf_vit_lowrank.surgery import _shrink_embeddings, resized
 
 SIZE, PATCHES, TOKENS = 6, 4, 500
 
@@ -89,10 +89,7 @@ def calibrated(digits_model, digits_data):
 def with_ranks(calibrated, **ranks) -> LowRankViTForImageClassification:
     dense = calibrated.dense.model
     config = LowRankViTConfig.from_dict({**dense.config.to_dict(), "embedding_ranks": ranks})
-    small = LowRankViTForImageClassification(config).eval()
-    state = {name: tensor for name, tensor in dense.state_dict().items() if name in small.state_dict()}
-    same = {name: tensor for name, tensor in state.items() if tensor.shape == small.state_dict()[name].shape}
-    small.load_state_dict(same, strict=False)
+    small = resized(dense, config)
     _shrink_embeddings(small, dense, calibrated.embedding)
     return small
 

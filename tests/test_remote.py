@@ -198,8 +198,7 @@ def reference_logits(model: LowRankViTForImageClassification, pixels: torch.Tens
     size = config.patch_size
     patches = pixels.double().unfold(2, size, size).unfold(3, size, size)  # batch, channel, row, column, size, size
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
-    flat = {name: tensor.flatten(1) if tensor.dim() == 4 else tensor for name, tensor in state.items()}
-    state.update(flat)
+    state |= {name: tensor.flatten(1) for name, tensor in state.items() if tensor.dim() == 4}  # kernels
     x = linear(patches, "vit.embeddings.projection")
     for name in ("distillation_token", "cls_token"):
         if f"vit.embeddings.{name}" in state:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,14 +29,11 @@ class EmbeddingCandidates:
     positions_mean: Tensor
 
     def curves(self, largest: Mapping[str, int], costs: Mapping[str, int], multiple: int) -> dict[str, ErrorCurve]:
-        """Of the pieces named in `largest`, which says up to which rank two factors are the smaller ones; one rank more
-        stands for the piece as it is. costs: of one rank. Half a squared gradient is a loss."""
-        patches = len(self.positions.expand)
-        losses = {"projection": 0.5 * patches * self.projection.errors, "positions": 0.5 * self.positions.errors}
-        return {
-            name: ErrorCurve(np.append(losses[name][: rank + 1].numpy(), 0.0), costs[name], step=multiple)
-            for name, rank in largest.items()
-        }
+        """Of the pieces named in `largest`: see `FactoredCandidate.curve`. costs: of one rank. Half a squared gradient
+        is a loss."""
+        scaled = {"projection": (self.projection, 0.5 * len(self.positions.expand)), "positions": (self.positions, 0.5)}
+        pieces = {name: (*scaled[name], rank) for name, rank in largest.items()}
+        return {name: piece.curve(scale, rank, costs[name], multiple) for name, (piece, scale, rank) in pieces.items()}
 
 
 def embedding_candidates(projections: Moments, positions: Tensor, gradient: TokenGroups) -> EmbeddingCandidates:

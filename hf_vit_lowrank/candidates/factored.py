@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..allocation import ErrorCurve
 from ..linalg import square_root
 
 
@@ -25,6 +26,15 @@ class FactoredCandidate:
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """B (m, rank) and A (rank, n)."""
         return self.expand[:, :rank], self.reduce[:rank]
+
+    def curve(self, scale: float, largest: int, unit_cost: int, step: int = 1) -> ErrorCurve:
+        """The errors times `scale` up to the rank `largest`, the last at which two factors are cheaper than the weight;
+        one rank more stands for the whole weight, with no error.
+
+        That rank costs at least what the whole weight does, so a budget holds.
+        """
+        errors = scale * self.errors[: largest + 1]
+        return ErrorCurve(torch.cat((errors, errors.new_zeros(1))).numpy(), unit_cost, step=step)
 
 
 def factored_candidate(weight: Tensor, output_metric: Tensor, input_metric: Tensor) -> FactoredCandidate:

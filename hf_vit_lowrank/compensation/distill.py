@@ -76,7 +76,7 @@ def distill(
     fitting = [index for index in range(len(views)) if index not in chosen]
     arguments = _arguments(folder, epochs * len(fitting), learning_rate, batch_size, seed, dense.device)
     setattr(arguments, _CHECKPOINTING, gradient_checkpointing)
-    # They stay the dense model's, as in every other step; so the first block's inputs have no gradient.
+    # They stay as they are, as in every other step; so the first block's inputs have no gradient.
     embeddings = small.vit.embeddings.requires_grad_(False)
     setattr(arguments, f"{_CHECKPOINTING}_kwargs", {"use_reentrant": False})
     trainer = _Distiller(

@@ -148,13 +148,10 @@ def kfac_svd(inputs: PresetInputs, limit: int) -> LowRankViTForImageClassificati
 
 
 def _loss_curve(candidate: FactoredCandidate, statistics: LinearStatistics) -> ErrorCurve:
-    """Predicted rise of an image's loss at every rank that pays; one rank more stands for the whole weight, with none.
-
-    That rank costs at least what the whole weight does, so the budget holds.
-    """
+    """Predicted rise of an image's loss at every rank that pays."""
     outputs, inputs = len(candidate.expand), candidate.reduce.shape[1]
-    errors = 0.5 * candidate.errors[: largest_rank(outputs, inputs) + 1] / (statistics.images * statistics.inputs.count)
-    return ErrorCurve(torch.cat((errors, errors.new_zeros(1))).numpy(), outputs + inputs)
+    scale = 0.5 / (statistics.images * statistics.inputs.count)
+    return candidate.curve(scale, largest_rank(outputs, inputs), outputs + inputs)
 
 
 # ------------------------------------------------------------------------------------------------------------- ranks
