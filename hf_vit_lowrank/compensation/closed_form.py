@@ -2,7 +2,8 @@
 
 Two streams of tokens run side by side through the blocks: the dense model's and the smaller model's. In each block the
 output weight, then the down weight, is fitted to (dense stream after - smaller stream before), so that the drift of
-earlier blocks is corrected and not passed on. The MLP's units are chosen on the smaller stream, where they will work.
+earlier blocks is corrected and not passed on, as far as one half of the images foretells that of the other. The MLP's
+units are chosen on the smaller stream, where they will work.
 """
 
 from __future__ import annotations
@@ -17,17 +18,13 @@ from torch import Tensor
 from .. import processes
 from ..candidates.block import output_metric
 from ..candidates.mlp_width import mlp_width_candidate
-from ..exact_sums import rounded_products, rounded_sum, units_of
-from ..linalg import ridge_solve
 from ..progress import track
+from ..regression import Regression
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
 from ..run_folder import RunFolder
-from ..statistics import BlockStatistics, Moments, TokenGroups, token_weight
+from ..statistics import BlockStatistics, token_weight
 from ..surgery import keep_units, set_linear
 from .drift import drift, moved
-
-OUTPUT_RIDGE = 1e-4
-DOWN_RIDGE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -102,7 +99,8 @@ def _refit_attention(
     """Fit the output weight; both streams are moved behind the attention, in place."""
     output = block.attention.output
     device = output.weight.device
-    fit = _Regression(output.in_features, output.out_features, token_weight(statistics.attention_gradient))
+    weight = token_weight(statistics.attention_gradient)
+    fit = Regression(output.in_features, output.out_features, weight)
     contexts = []
     for index, (dense_batch, small_batch) in enumerate(zip(dense_stream, small_stream, strict=True)):
         dense_batch, small_batch = dense_batch.to(device), small_batch.to(device)
@@ -113,7 +111,7 @@ def _refit_attention(
         dense_stream[index], small_stream[index] = dense_after.cpu(), small_batch[:, :queries].cpu()
         contexts.append(context.cpu())
     fit.add_up()
-    set_linear(output, *fit.solve(OUTPUT_RIDGE, prior=output.weight))
+    set_linear(output, *fit.solve(output.weight, output_metric(statistics.attention_gradient, weight)))
     processes.same_parameters(output)
     for index, context in enumerate(contexts):
         small_stream[index] = small_stream[index] + output(context.to(device)).cpu()
@@ -131,7 +129,7 @@ def _refit_mlp(
     down, mlp = block.mlp.down, source.mlp
     device = down.weight.device
     weight = token_weight(statistics.mlp_gradient)
-    fit = _Regression(mlp.down.in_features, down.out_features, weight, watched=down.out_features)
+    fit = Regression(mlp.down.in_features, down.out_features, weight, watched=down.out_features)
     for index, (dense_batch, small_batch) in enumerate(zip(dense_stream, small_stream, strict=True)):
         dense_batch, small_batch = dense_batch.to(device), small_batch.to(device)
         dense_after = dense_batch + mlp(source.mlp_norm(dense_batch))
@@ -140,72 +138,14 @@ def _refit_mlp(
         fit.add(torch.cat((hidden, normed), -1), dense_after - small_batch, num_read)
         dense_stream[index] = dense_after.cpu()
     fit.add_up()
-    full, bias = fit.solve(DOWN_RIDGE, prior=mlp.down.weight)
+    metric = output_metric(statistics.mlp_gradient, weight)
+    full, bias = fit.solve(mlp.down.weight, metric)
     if down.in_features == mlp.down.in_features:
         set_linear(down, full, bias)
     else:
-        metric = output_metric(statistics.mlp_gradient, weight)
-        kept = mlp_width_candidate(full, fit.inputs.covariance(), metric).kept(down.in_features)
+        kept = mlp_width_candidate(full, fit.covariance(), metric).kept(down.in_features)
         keep_units(block, source, kept, full, bias, fit.seen, metric)
     processes.same_parameters(block.mlp)
     for index, small_batch in enumerate(small_stream):
         small_batch = small_batch.to(device)
         small_stream[index] = (small_batch + block.mlp(block.mlp_norm(small_batch))).cpu()
-
-
-class _Regression:
-    """Weighted least squares with a bias, from sums over tokens. `watched` values beside the inputs have their moments
-    taken too."""
-
-    def __init__(self, inputs: int, targets: int, other_weight: float, watched: int = 0):
-        self.other_weight, self.size = other_weight, inputs
-        self.groups = TokenGroups.zeros(inputs + watched)
-        self.read, self.other = _CrossMoments(inputs, targets), _CrossMoments(inputs, targets)
-
-    def add(self, inputs: Tensor, targets: Tensor, num_read: int) -> None:
-        """(images, tokens, n + watched) and (images, tokens, m)."""
-        self.groups.add(inputs, num_read)
-        for group, tokens in ((self.read, slice(num_read)), (self.other, slice(num_read, None))):
-            x, y = inputs[:, tokens, : self.size].flatten(0, 1), targets[:, tokens].flatten(0, 1)
-            if group.units is None:
-                everything = inputs[..., : self.size].flatten(0, 1), targets.flatten(0, 1)
-                group.units = units_of(everything[0], len(x)), units_of(everything[1], len(x))
-            group.add(x, y)
-
-    def add_up(self) -> None:
-        """Make these the sums over the batches of all processes."""
-        self.groups.add_up()
-        processes.add_up(self.read.target, self.read.cross, self.other.target, self.other.cross)
-
-    @property
-    def seen(self) -> Moments:
-        return self.groups.weighted(self.other_weight)
-
-    @property
-    def inputs(self) -> Moments:
-        return self.seen.part(slice(self.size))
-
-    def solve(self, ridge: float, prior: Tensor) -> tuple[Tensor, Tensor]:
-        """Weight (m, n), drawn towards `prior` where the data say little, and bias (m,)."""
-        inputs, prior = self.inputs, prior.detach().cpu().double()
-        covariance = inputs.covariance()
-        target_sum = self.read.target + self.other_weight * self.other.target
-        cross = self.read.cross + self.other_weight * self.other.cross
-        cross -= torch.outer(inputs.first, target_sum) / inputs.count
-        weight = prior + ridge_solve(covariance, cross - covariance @ prior.mT, ridge)
-        return weight, (target_sum - weight @ inputs.first) / inputs.count
-
-
-class _CrossMoments:
-    """Sums over tokens of y (m) and of x yᵀ (n, m), in float64 and with the same bits in any order."""
-
-    def __init__(self, inputs: int, targets: int):
-        self.target = torch.zeros(targets, dtype=torch.float64)
-        self.cross = torch.zeros(inputs, targets, dtype=torch.float64)
-        self.units: tuple[Tensor, Tensor] | None = None  # of x and y, which the first batch decides
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """(tokens, n) and (tokens, m)."""
-        assert self.units is not None
-        self.target += rounded_sum(y, self.units[1])
-        self.cross += rounded_products(x, y, *self.units)

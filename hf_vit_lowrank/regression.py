@@ -1,0 +1,172 @@
+"""Least squares from sums over tokens, drawn towards a prior by as much as two halves of the images ask for.
+
+What a smaller model's inputs cannot say about a target looks like noise, and behind late blocks, where little but the
+tokens read counts, there are hardly more of those than inputs: without a strong ridge the noise is learnt by heart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import processes
+from .exact_sums import rounded_products, rounded_sum, units_of
+from .linalg import ridge_solve
+from .statistics import Moments, TokenGroups
+
+# Ridges that are tried, half a decade from one to the next, from the middle one in the direction that helps.
+RIDGES = tuple(10.0 ** (half_decade / 2) for half_decade in range(-12, 5))
+START = RIDGES.index(0.1)
+
+
+class Regression:
+    """Weighted least squares with a bias, from n inputs to m targets. Other tokens than those read weigh
+    `other_weight`; `watched` values beside the inputs have their moments taken too."""
+
+    def __init__(self, inputs: int, targets: int, other_weight: float, watched: int = 0):
+        self.all = _Sums(inputs, targets, other_weight, watched)
+        self.half = _Sums(inputs, targets, other_weight)  # every other image
+        self.images = 0
+
+    def add(self, inputs: Tensor, targets: Tensor, num_read: int) -> None:
+        """(images, tokens, n + watched) and (images, tokens, m)."""
+        self.all.add(inputs, targets, num_read)
+        self.half.share_units(self.all)
+        own = slice(self.images % 2, None, 2)
+        self.half.add(inputs[own, :, : self.half.size], targets[own], num_read)
+        self.images += len(inputs)
+
+    def add_up(self) -> None:
+        """Make these the sums over the batches of all processes."""
+        self.all.add_up()
+        self.half.add_up()
+
+    @property
+    def seen(self) -> Moments:
+        """Of inputs and watched values side by side."""
+        return self.all.groups.weighted(self.all.other_weight)
+
+    def covariance(self) -> Tensor:
+        """Of the inputs, summed over tokens: (n, n)."""
+        return self.all.weighted().inputs.covariance()
+
+    def solve(self, prior: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
+        """Weight (m, n), drawn towards `prior` where the data say little, and bias (m,).
+
+        The ridge is the one with which the solutions of the two halves of the images do best on each other, in the
+        metric Γ (m, m): tr Γ (Y - WX)(Y - WX)ᵀ. It is halved for twice the images, since the covariance, whose share it
+        is, grows with them and the noise does not.
+        """
+        prior, everything = prior.detach().cpu().double(), self.all.weighted()
+        weight = everything.equations().solve(self._ridge(everything, prior, metric) / 2, prior)
+        inputs = everything.inputs
+        return weight, (everything.target - weight @ inputs.first) / inputs.count
+
+    def _ridge(self, everything: _Weighted, prior: Tensor, metric: Tensor) -> float:
+        half = self.half.weighted()
+        if not 0 < half.inputs.count < everything.inputs.count:
+            return RIDGES[-1]  # one image says nothing about another
+        halves = half.equations(), everything.without(half).equations()
+
+        @cache
+        def error(index: int) -> float:
+            pairs = (halves, halves[::-1])
+            return sum(seen.error(fitted.solve(RIDGES[index], prior), metric) for fitted, seen in pairs)
+
+        return RIDGES[descend(error, START, len(RIDGES))]
+
+
+def descend(error: Callable[[int], float], start: int, count: int) -> int:
+    """The index from which both neighbours among 0 … count - 1 have no smaller error, on the way down from `start`."""
+    best = start
+    for step in (1, -1):
+        while 0 <= best + step < count and error(best + step) < error(best):
+            best += step
+    return best
+
+
+@dataclass(frozen=True)
+class NormalEquations:
+    """covariance (n, n) of the inputs and cross (n, m) = Cov(inputs, targets), summed over tokens."""
+
+    covariance: Tensor
+    cross: Tensor
+
+    def solve(self, ridge: float, prior: Tensor) -> Tensor:
+        """The weight (m, n) nearest to the data and, by a share `ridge` of the mean variance, to `prior`."""
+        return prior + ridge_solve(self.covariance, self.cross - self.covariance @ prior.mT, ridge)
+
+    def error(self, weight: Tensor, metric: Tensor) -> float:
+        """tr Γ (Y - WX)(Y - WX)ᵀ but for what is the same for all weights."""
+        measured = metric @ weight
+        return float((measured * (weight @ self.covariance)).sum() - 2 * (measured * self.cross.mT).sum())
+
+
+class _Sums:
+    def __init__(self, inputs: int, targets: int, other_weight: float, watched: int = 0):
+        self.other_weight, self.size = other_weight, inputs
+        self.groups = TokenGroups.zeros(inputs + watched)
+        self.read, self.other = _CrossMoments(inputs, targets), _CrossMoments(inputs, targets)
+
+    def add(self, inputs: Tensor, targets: Tensor, num_read: int) -> None:
+        self.groups.add(inputs, num_read)
+        for group, tokens in ((self.read, slice(num_read)), (self.other, slice(num_read, None))):
+            x, y = inputs[:, tokens, : self.size].flatten(0, 1), targets[:, tokens].flatten(0, 1)
+            if group.units is None:
+                everything = inputs[..., : self.size].flatten(0, 1), targets.flatten(0, 1)
+                group.units = units_of(everything[0], len(x)), units_of(everything[1], len(x))
+            group.add(x, y)
+
+    def share_units(self, source: _Sums) -> None:
+        """Measure in the units of `source`, which saw the same first batch and more images of it."""
+        self.read.units, self.other.units = source.read.units, source.other.units
+        for own, theirs in ((self.groups.read, source.groups.read), (self.groups.other, source.groups.other)):
+            own.units = None if theirs.units is None else theirs.units[: self.size]
+
+    def add_up(self) -> None:
+        self.groups.add_up()
+        processes.add_up(self.read.target, self.read.cross, self.other.target, self.other.cross)
+
+    def weighted(self) -> _Weighted:
+        read, other, weight = self.read, self.other, self.other_weight
+        return _Weighted(
+            self.groups.weighted(weight).part(slice(self.size)),
+            read.target + weight * other.target,
+            read.cross + weight * other.cross,
+        )
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    """Moments of the inputs (n), sums of y (m) and of x yᵀ (n, m)."""
+
+    inputs: Moments
+    target: Tensor
+    cross: Tensor
+
+    def without(self, part: _Weighted) -> _Weighted:
+        """The sums over the other images; exact, as the sums are."""
+        return _Weighted(self.inputs.plus(part.inputs, -1.0), self.target - part.target, self.cross - part.cross)
+
+    def equations(self) -> NormalEquations:
+        inputs = self.inputs
+        return NormalEquations(inputs.covariance(), self.cross - torch.outer(inputs.first, self.target) / inputs.count)
+
+
+class _CrossMoments:
+    """Sums over tokens of y (m) and of x yᵀ (n, m), in float64 and with the same bits in any order."""
+
+    def __init__(self, inputs: int, targets: int):
+        self.target = torch.zeros(targets, dtype=torch.float64)
+        self.cross = torch.zeros(inputs, targets, dtype=torch.float64)
+        self.units: tuple[Tensor, Tensor] | None = None  # of x and y, which the first batch decides
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """(tokens, n) and (tokens, m)."""
+        assert self.units is not None
+        self.target += rounded_sum(y, self.units[1])
+        self.cross += rounded_products(x, y, *self.units)
