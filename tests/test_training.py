@@ -93,7 +93,7 @@ def test_a_block_that_training_makes_worse_stays_as_it_was(calibrated, monkeypat
     model = build(calibrated, replace(RECIPE, compensation="none")).model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     records = compensate_gradient(
-        *(calibrated.dense.model, model, calibrated.statistics, calibrated.fitting, calibrated.held_back),
+        *(calibrated.dense.model, model, calibrated.statistics, calibrated.fitting, [], calibrated.held_back),
         refit=False,
         seed=0,
         run=RunFolder(),

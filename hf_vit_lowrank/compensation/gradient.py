@@ -46,43 +46,43 @@ def compensate_gradient(
     dense: LowRankViTForImageClassification,
     small: LowRankViTForImageClassification,
     statistics: Sequence[BlockStatistics],
-    fitting: Sequence[Tensor],
+    images: Sequence[Tensor],
+    views: Sequence[Tensor],
     held_back: Sequence[Tensor],
     *,
     refit: bool,
     seed: int,
     run: RunFolder,
 ) -> list[BlockTraining]:
-    """Train `small` in place on this process's batches of embeddings (images, tokens, d), several views of an image
-    among them.
+    """Train `small` in place on this process's batches of embeddings (images, tokens, d), and on those of random views.
 
-    refit: fit each block in closed form first, on the stream that the trained blocks before it produce.
-    run: where finished blocks are kept. Holds three streams in memory, each of the size of `fitting`.
+    refit: fit each block in closed form first, on the stream that the trained blocks before it produce; on the images
+        alone, since two views of one in the two halves of the images would make its noise look like knowledge.
+    run: where finished blocks are kept. Holds three streams in memory, each of the size of `images` and `views`.
     """
     num_read, layers = dense.config.num_tokens_read, len(dense.vit.blocks)
-    targets, inputs = list(fitting), list(fitting)
+    targets, inputs = [*images, *views], [*images, *views]
     held_targets, held_inputs = list(held_back), list(held_back)
     records = []
     blocks: Any = zip(dense.vit.blocks, small.vit.blocks, statistics, strict=True)
     for layer, (source, block, moments) in enumerate(track(blocks, "Training block by block", layers, "blocks")):
         queries = num_read if layer == layers - 1 else None
-        before, stage = list(inputs), f"block-{layer:02}"
+        stage = f"block-{layer:02}"
         done = run.has(stage)
         if refit and not done:
-            refit_block(source, block, moments, targets, inputs, queries, num_read)
-        else:
-            targets = moved(source, targets, queries)
-        held_targets = moved(source, held_targets, queries)
+            streams = targets[: len(images)], inputs[: len(images)]
+            refit_block(source, block, moments, *streams, queries, num_read)
+        targets, held_targets = moved(source, targets, queries), moved(source, held_targets, queries)
         if done:
             state, fields = run.load(stage)
             block.load_state_dict(state)
             record = BlockTraining(**fields)
         else:
             error = _Error(moments, torch.cat(targets), num_read, dense.device)
-            record = _train(block, queries, error, (before, targets), (held_inputs, held_targets), seed + layer)
+            record = _train(block, queries, error, (inputs, targets), (held_inputs, held_targets), seed + layer)
             run.save(stage, (block.state_dict(), asdict(record)))
         records.append(record)
-        inputs, held_inputs = moved(block, before, queries), moved(block, held_inputs, queries)
+        inputs, held_inputs = moved(block, inputs, queries), moved(block, held_inputs, queries)
     return records
 
 

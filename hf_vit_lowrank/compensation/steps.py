@@ -79,13 +79,18 @@ def _shared(calibrated: Calibrated, model: LowRankViTForImageClassification, bat
     return embedded_by(model, calibrated.dense.model, batches)
 
 
+def _parts(batches: Sequence[Tensor], size: int) -> list[Tensor]:
+    return [part for batch in batches for part in batch.split(size)]
+
+
 def _refit(calibrated: Calibrated, model: LowRankViTForImageClassification, run: RunFolder) -> list[BlockDrift]:
     start, embeddings = copy.deepcopy(model.state_dict()), _shared(calibrated, model, calibrated.fitting)
 
     def refit(size: int) -> list[BlockDrift]:
         model.load_state_dict(start)
-        parts = [part for batch in embeddings for part in batch.split(size)]
-        return compensate_closed_form(calibrated.dense.model, model, calibrated.statistics, parts, run)
+        return compensate_closed_form(
+            calibrated.dense.model, model, calibrated.statistics, _parts(embeddings, size), run
+        )
 
     return with_smaller_batches("Compensation", refit, calibrated.images_at_once)
 
@@ -104,14 +109,15 @@ def _train_blocks(
     trained = copy.deepcopy(model) if shrunk is None else shrunk
     start = copy.deepcopy(trained.state_dict())
 
-    embeddings = _shared(calibrated, trained, calibrated.fitting + _view_embeddings(calibrated, recipe))
+    images = _shared(calibrated, trained, calibrated.fitting)
+    views = _shared(calibrated, trained, _view_embeddings(calibrated, recipe))
     held_back = _shared(calibrated, trained, calibrated.held_back)
 
     def train(size: int) -> list[BlockTraining]:
         trained.load_state_dict(start)
-        parts = [part for batch in embeddings for part in batch.split(size)]
         return compensate_gradient(
-            *(calibrated.dense.model, trained, calibrated.statistics, parts, held_back),
+            *(calibrated.dense.model, trained, calibrated.statistics),
+            *(_parts(images, size), _parts(views, size), held_back),
             refit=shrunk is not None,
             seed=recipe.seed,
             run=run,
