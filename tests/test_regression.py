@@ -69,7 +69,7 @@ def test_the_ridge_is_the_one_with_which_each_half_foretells_the_other_best(nois
     weight, bias = regression(inputs, targets, 4).solve(prior, metric())
     errors = [foretold(inputs, targets, ridge, prior) for ridge in RIDGES]
     best = RIDGES[errors.index(min(errors))]
-    torch.testing.assert_close(weight, by_hand(inputs, targets, best / 2, prior), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weight, by_hand(inputs, targets, best, prior), rtol=1e-4, atol=1e-5)
     tokens = torch.tensor([1.0] + [WEIGHT] * (TOKENS - 1), dtype=torch.float64)[:, None]
     rest = targets.double() - inputs.double() @ weight.mT
     torch.testing.assert_close(bias, (tokens * rest).mean(0).sum(0) / tokens.sum(), rtol=1e-4, atol=1e-4)

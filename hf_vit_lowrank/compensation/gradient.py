@@ -27,8 +27,8 @@ from ..statistics import BlockStatistics, token_weight
 from .closed_form import refit_block
 from .drift import moved
 
-EPOCHS = 4
-LEARNING_RATE = 5e-4
+EPOCHS = 8
+LEARNING_RATE = 1e-3
 WARM_UP_STEPS = 20
 
 
