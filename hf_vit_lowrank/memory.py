@@ -17,7 +17,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 # Python, torch and its libraries, and their buffers.
 _PROGRAM = 10**9
 # Matrices of an MLP's moments that choosing its units, its bypass or its refit has at hand at once: measured.
-_WORKING_MATRICES = 10
+_WORKING_MATRICES = 11
 # Of the free memory of a GPU that data may take which could as well come batch by batch.
 _NEAR_SHARE = 0.25
 

@@ -60,8 +60,8 @@ class Regression:
         """Weight (m, n), drawn towards `prior` where the data say little, and bias (m,).
 
         The ridge is the one with which the solutions of the two halves of the images do best on each other, in the
-        strongest directions of the metric Γ (m, m). For twice the images half of it would be enough in theory; it was
-        measured to be too little (see README, trials), since the error of a block comes on top of those before it.
+        strongest directions of the metric Γ (m, m). For twice the images half of it would do in theory, but an error
+        comes on top of those of the blocks before: KL 1.33 against 1.28 nats on held-back images of DeiT-tiny, -60 %.
         """
         prior, everything = prior.detach().cpu().double(), self._all()
         weight = everything.equations().solve(self._ridge(prior, metric), prior)
