@@ -102,6 +102,23 @@ def test_a_block_that_training_makes_worse_stays_as_it_was(calibrated, monkeypat
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_views_are_trained_on_but_not_refitted_on(calibrated, monkeypatch):
+    """Two views of one image in the two halves of the images would make its noise look like knowledge."""
+    monkeypatch.setattr("hf_vit_lowrank.compensation.gradient.LEARNING_RATE", 0.0)
+    noise = [torch.randn_like(batch) for batch in calibrated.fitting]
+    states = []
+    for views in ([], noise):
+        model = build(calibrated, replace(RECIPE, compensation="none")).model
+        compensate_gradient(
+            *(calibrated.dense.model, model, calibrated.statistics, calibrated.fitting, views, calibrated.held_back),
+            refit=True,
+            seed=0,
+            run=RunFolder(),
+        )
+        states.append(model.state_dict())
+    assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
 def test_distillation_that_only_harms_leaves_the_start(calibrated, trained):
     result = build(calibrated, replace(DISTILL, distill_epochs=1, distill_lr=100.0))
     assert not result.report["distillation"]["kept"]
