@@ -22,7 +22,7 @@ from hf_vit_lowrank.images import Share, open_images
 from hf_vit_lowrank.memory import memory_plan
 
 COMMAND = ("compress", "{source}", "--calibration", "{images}", "--samples", "150", "--reduction", "0.6", "--quiet")
-LIMIT = "1012000000"  # bytes
+LIMIT = "1013000000"  # bytes
 # One thread each. Open MPI refuses to be started by root, as containers do, unless it is told twice.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 # Also without a GPU: of `--cpu` accelerate makes one process, unless there is an MPI to start more.
