@@ -17,6 +17,7 @@ from torch.nn.functional import kl_div
 
 from . import processes
 from .augmentation import RandomViews
+from .bisection import last_that_fits
 from .budget import check_reachable
 from .candidates.block import BlockCandidates, block_candidates
 from .candidates.embedding import EmbeddingCandidates, embedding_candidates
@@ -41,7 +42,6 @@ AGREEMENT_SHARE = 0.2
 TRAINING_SHARE = 0.1
 # Between this and one over it a factor on the logits is looked for.
 LARGEST_CONFIDENCE = 4.0
-BISECTIONS = 40
 NOWHERE = RunFolder()
 # A CPU takes a fifth less time over so many images at once than over 32, whose activations leave its caches.
 CPU_IMAGES_AT_ONCE = 8
@@ -294,12 +294,12 @@ def held_back_confidence(calibrated: Calibrated, model: LowRankViTForImageClassi
     convex in the factor, and its slope is how much larger the mean logit is under the model's probabilities.
     """
     logits, expected = _held_back_logits(calibrated, model), calibrated.expected.softmax(-1)
-    low, high = 1 / LARGEST_CONFIDENCE, LARGEST_CONFIDENCE
-    for _ in range(BISECTIONS):
-        factor = (low + high) / 2
+
+    def too_little(factor: float) -> bool:
         slope = (((factor * logits).softmax(-1) - expected) * logits).sum().item()
-        low, high = (factor, high) if processes.total(slope) < 0 else (low, factor)
-    return (low + high) / 2
+        return processes.total(slope) < 0
+
+    return last_that_fits(too_little, 1 / LARGEST_CONFIDENCE, LARGEST_CONFIDENCE)
 
 
 def _held_back_logits(calibrated: Calibrated, model: LowRankViTForImageClassification) -> Tensor:

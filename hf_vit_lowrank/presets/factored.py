@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..allocation import ErrorCurve, ImpossibleBudgetError, allocate
+from ..bisection import last_that_fits
 from ..candidates.factored import FactoredCandidate, bias_change, factored_candidate
 from ..evaluation import count_parameters
 from ..linear_statistics import LinearStatistics, traced_linears, whole_weights
@@ -22,7 +23,6 @@ from ..remote.configuration_lowrank_vit import LowRankViTConfig
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
 from ..statistics import Moments
 from ..surgery import set_linear
-from .bisection import last_that_fits
 
 if TYPE_CHECKING:
     from .inputs import PresetInputs

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..bisection import last_that_fits
 from ..rank_plan import RankPlan, plan_cost, unreachable
 from ..remote.configuration_lowrank_vit import LowRankViTConfig
 from ..remote.modeling_lowrank_vit import (
@@ -19,7 +20,6 @@ from ..remote.modeling_lowrank_vit import (
     split_heads,
 )
 from ..surgery import set_linear
-from .bisection import last_that_fits
 
 
 def largest_config(limit: int, at: Callable[[float], LowRankViTConfig]) -> LowRankViTConfig:

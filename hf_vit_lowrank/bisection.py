@@ -1,10 +1,10 @@
-"""The largest model of a family that a limit allows."""
+"""Where something changes, by halving."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-# More than the bits of a float64, so that no size is missed.
+# More than the bits of a float64, so that no value is missed.
 HALVINGS = 60
 
 
