@@ -25,10 +25,10 @@ import typer
 from torch import nn
 from transformers import DeiTConfig, DeiTForImageClassification, PreTrainedModel
 
+from hf_vit_lowrank.bisection import last_that_fits
 from hf_vit_lowrank.dense import from_transformers
 from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.evaluation import count_flops, count_parameters, load_classifier, pick_device
-from hf_vit_lowrank.presets.bisection import last_that_fits
 from hf_vit_lowrank.quantised import quantise
 from hf_vit_lowrank.rank_plan import plan_cost
 from hf_vit_lowrank.remote.configuration_lowrank_vit import LowRankViTConfig

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -276,6 +277,24 @@ def test_quantised_models_are_smaller_and_near(kind, bits, error):
 
 
 # ------------------------------------------------------------------------------------------------------------- scripts
+
+
+@pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.name)
+def test_what_a_script_imports_is_there(path):
+    assert callable(runpy.run_path(str(path)).get("main" if path.stem != "compat" else "make"))
+
+
+def test_latency_of_random_weights_is_measured(tmp_path):
+    measure = runpy.run_path(str(SCRIPTS / "bench_latency.py"))["main"]
+    one_case = {"precisions": "float32", "attentions": "sdpa", "batches": "1", "rounds": 1, "device": "cpu"}
+    measure(tmp_path, reductions="0.5", hidden_size=64, threads=torch.get_num_threads(), **one_case)
+    record = json.loads((tmp_path / "latency.json").read_text())
+    (row,) = record["rows"]
+    assert 0.5 <= row["removed"] < 0.55
+    assert min(row["dense_ms"], row["compressed_ms"], row["ceiling"] - 1) > 0
+    (load,) = record["loading"]
+    assert 0.4 < load["compressed_bytes"] / load["dense_bytes"] < 0.6
+    assert "| cpu float32 sdpa | 1 |" in (tmp_path / "latency.md").read_text()
 
 
 def test_help_of_imagenet_needs_nothing():
