@@ -106,6 +106,8 @@ def densified(model: LowRankViTForImageClassification) -> LowRankViTForImageClas
         ranks = config.query_key_ranks[layer], config.value_output_ranks[layer]
         filled = {name: tensor for name, tensor in block.items() if "_norm." in name}
         filled |= _full_attention(block, *ranks, size) | _full_mlp(block, layer, config)
+        if not whole.config.qkv_bias:
+            del filled["attention.query.bias"]
         converted |= {own + name: tensor for name, tensor in filled.items()}
     whole.load_state_dict(converted)
     return whole
@@ -117,7 +119,9 @@ def _full_config(config: LowRankViTConfig) -> LowRankViTConfig:
     sizes = [[size] * config.num_attention_heads for _ in range(config.num_hidden_layers)]
     whole = {"query_key_ranks": sizes, "value_output_ranks": [list(layer) for layer in sizes]}
     shrunk = {"mlp_widths": None, "factor_ranks": None, "bypass_ranks": None, "embedding_ranks": None}
-    return LowRankViTConfig.from_dict({**config.to_dict(), **whole, **shrunk})
+    # One weight for queries, keys and values has a bias, whatever the other layers have.
+    bias = {"qkv_bias": config.qkv_bias or any("query_key_value" in ranks for ranks in config.factor_ranks)}
+    return LowRankViTConfig.from_dict({**config.to_dict(), **whole, **shrunk, **bias})
 
 
 def _whole_embeddings(
@@ -135,23 +139,26 @@ def _whole_embeddings(
 def _full_attention(
     block: dict[str, Tensor], query_key: list[int], value_output: list[int], size: int
 ) -> dict[str, Tensor]:
-    if "attention.key_value.weight" in block:
-        key, value = block["attention.key_value.weight"].split([sum(query_key), sum(value_output)])
+    sizes = [sum(query_key), sum(query_key), sum(value_output)]
+    output, output_bias = _weight(block, "attention.output"), _bias(block, "attention.output")
+    if "attention.query.weight" in block:
+        weight = torch.cat((block["attention.query.weight"], block["attention.key_value.weight"]))
+        query_bias = block.get("attention.query.bias", output_bias.new_zeros(sizes[0]))
     else:
-        key, value = _weight(block, "attention.key"), _weight(block, "attention.value")
-    output = _full_heads(_weight(block, "attention.output").mT, value_output, size).mT
-    filled = {
-        "attention.query.weight": _full_heads(_weight(block, "attention.query"), query_key, size),
+        weight = _weight(block, "attention.query_key_value")
+        # A key's bias cancels in the softmax; a value's passes it unchanged.
+        query_bias, _, value_bias = _bias(block, "attention.query_key_value").split(sizes)
+        output_bias = output_bias + output @ value_bias
+    query, key, value = weight.split(sizes)
+    return {
+        "attention.query.weight": _full_heads(query, query_key, size),
+        "attention.query.bias": _full_heads(query_bias, query_key, size),
         "attention.key_value.weight": torch.cat(
             (_full_heads(key, query_key, size), _full_heads(value, value_output, size))
         ),
-        "attention.output.weight": output,
-        "attention.output.bias": _bias(block, "attention.output"),
+        "attention.output.weight": _full_heads(output.mT, value_output, size).mT,
+        "attention.output.bias": output_bias,
     }
-    query_bias = _bias(block, "attention.query")
-    if query_bias is not None:
-        filled["attention.query.bias"] = _full_heads(query_bias, query_key, size)
-    return {name: tensor for name, tensor in filled.items() if tensor is not None}
 
 
 def _full_heads(rows: Tensor, ranks: list[int], size: int) -> Tensor:
@@ -163,8 +170,6 @@ def _full_heads(rows: Tensor, ranks: list[int], size: int) -> Tensor:
 def _full_mlp(block: dict[str, Tensor], layer: int, config: LowRankViTConfig) -> dict[str, Tensor]:
     up, down = _weight(block, "mlp.up"), _weight(block, "mlp.down")
     up_bias, down_bias = _bias(block, "mlp.up"), _bias(block, "mlp.down")
-    assert up_bias is not None
-    assert down_bias is not None
     if config.bypass_ranks[layer]:
         _check_bypass(layer, config)
         reduce, expand = block["mlp.bypass.reduce.weight"], block["mlp.bypass.expand.weight"]
@@ -202,8 +207,8 @@ def _weight(block: dict[str, Tensor], name: str) -> Tensor:
     return (block[f"{name}.expand.weight"].double() @ block[f"{name}.reduce.weight"].double()).float()
 
 
-def _bias(block: dict[str, Tensor], name: str) -> Tensor | None:
-    return block.get(f"{name}.bias", block.get(f"{name}.expand.bias"))
+def _bias(block: dict[str, Tensor], name: str) -> Tensor:
+    return block[f"{name}.bias"] if f"{name}.bias" in block else block[f"{name}.expand.bias"]
 
 
 # ------------------------------------------------------------------------------------------------- reading and writing

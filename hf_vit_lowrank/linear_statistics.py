@@ -1,6 +1,8 @@
 """What the calibration images tell about each single weight of a dense classifier (design 3.3), in one pass.
 
-Every token counts the same here, as in the methods that these statistics are for. Sums in float64.
+Every token counts the same here, as in the methods that these statistics are for. Sums in float64. Queries, keys and
+values read the same and have one weight (m = 3d), the query's being scaled as the source model has it: one product of
+two for all three needs fewer parameters than three, and is what those methods' code for vision transformers factors.
 """
 
 from __future__ import annotations
@@ -16,15 +18,16 @@ from .errors import RunError
 from .remote.configuration_lowrank_vit import FACTORABLE
 from .remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification, merge_heads, split_heads
 from .statistics import Moments, drawn_label_loss, label_draws
+from .surgery import set_linear
 
 
 @dataclass
 class LinearStatistics:
     """Sums over tokens and images about one weight (m, n).
 
-    images: their number. inputs: moments of its inputs (n), one object for query, key and value. absolute: sum of
-    absolute inputs (n,). gradient: sum of g gᵀ (m, m), g the loss gradient at its output. input_fisher: sum over images
-    and outputs of the squared gradient of an image's loss in the weight (n,).
+    images: their number. inputs: moments of its inputs (n). absolute: sum of absolute inputs (n,). gradient: sum of
+    g gᵀ (m, m), g the loss gradient at its output. input_fisher: sum over images and outputs of the squared gradient of
+    an image's loss in the weight (n,).
     """
 
     images: int
@@ -50,25 +53,40 @@ def collect_linear_statistics(
     for batch in embeddings:
         for of_block, trace, gradients in zip(statistics, *_traced_backward(model, batch, generator), strict=True):
             _add(of_block, trace, gradients)
-    if statistics[0]["query"].images == 0:
+    if statistics[0]["output"].images == 0:
         raise RunError("No calibration image was seen: the calibration data are empty.")
     return statistics
 
 
 def whole_weights(block: LowRankViTBlock) -> dict[str, Tensor]:
-    """The six weights (m, n) of a block at full rank, by name: views of its parameters."""
+    """The four weights (m, n) of a block at full rank, by name (`FACTORABLE`)."""
     attention, mlp = block.attention, block.mlp
-    key, value = attention.key_value.weight.detach().split(
-        [sum(attention.query_key_ranks), sum(attention.value_output_ranks)]
-    )
-    others = {"query": attention.query, "output": attention.output, "up": mlp.up, "down": mlp.down}
-    weights = {"key": key, "value": value} | {name: linear.weight.detach() for name, linear in others.items()}
-    return {name: weights[name] for name in FACTORABLE}
+    query, key_value = attention.query.weight.detach(), attention.key_value.weight.detach()
+    others = {"output": attention.output, "up": mlp.up, "down": mlp.down}
+    return {"query_key_value": torch.cat((query / query_scale(block), key_value))} | {
+        name: linear.weight.detach() for name, linear in others.items()
+    }
+
+
+def set_whole_weight(block: LowRankViTBlock, name: str, weight: Tensor) -> None:
+    """The way back: write one of `whole_weights` into a block at full rank."""
+    attention, mlp = block.attention, block.mlp
+    if name == "query_key_value":
+        queries = attention.query.out_features
+        set_linear(attention.query, weight[:queries] * query_scale(block))
+        set_linear(attention.key_value, weight[queries:])
+    else:
+        set_linear({"output": attention.output, "up": mlp.up, "down": mlp.down}[name], weight)
+
+
+def query_scale(block: LowRankViTBlock) -> float:
+    """The factor on the dot products of a head at full rank, which is part of our query weights."""
+    return float(block.attention.query_key_ranks[0] ** -0.5)
 
 
 @dataclass
 class LinearTrace:
-    """One batch inside a block at full rank: inputs and outputs (images, tokens, n or m) of its six weights, by name,
+    """One batch inside a block at full rank: inputs and outputs (images, tokens, n or m) of its four weights, by name,
     and the stream after it."""
 
     inputs: dict[str, Tensor]
@@ -81,17 +99,17 @@ def traced_linears(block: LowRankViTBlock, stream: Tensor) -> LinearTrace:
     attention, mlp = block.attention, block.mlp
     ranks, value_ranks = attention.query_key_ranks, attention.value_output_ranks
     normed = block.attention_norm(stream)
-    query = attention.query(normed)
-    key, value = attention.key_value(normed).split([sum(ranks), sum(value_ranks)], dim=-1)
-    scores = split_heads(query, ranks, ranks[0]) @ split_heads(key, ranks, ranks[0]).mT
+    query_key_value = torch.cat((attention.query(normed) / query_scale(block), attention.key_value(normed)), dim=-1)
+    query, key, value = query_key_value.split([sum(ranks), sum(ranks), sum(value_ranks)], dim=-1)
+    scores = query_scale(block) * split_heads(query, ranks, ranks[0]) @ split_heads(key, ranks, ranks[0]).mT
     context = merge_heads(scores.softmax(-1) @ split_heads(value, value_ranks, value_ranks[0]), value_ranks)
     output = attention.output(context)
     mlp_normed = block.mlp_norm(stream + output)
     up = mlp.up(mlp_normed)
     hidden = mlp.activation(up)
     down = mlp.down(hidden)
-    inputs = {"query": normed, "key": normed, "value": normed, "output": context, "up": mlp_normed, "down": hidden}
-    outputs = {"query": query, "key": key, "value": value, "output": output, "up": up, "down": down}
+    inputs = {"query_key_value": normed, "output": context, "up": mlp_normed, "down": hidden}
+    outputs = {"query_key_value": query_key_value, "output": output, "up": up, "down": down}
     return LinearTrace(inputs, outputs, stream + output + down)
 
 
@@ -99,10 +117,9 @@ def _zeros(block: LowRankViTBlock) -> dict[str, LinearStatistics]:
     statistics: dict[str, LinearStatistics] = {}
     for name, weight in whole_weights(block).items():
         outputs, inputs = weight.shape
-        moments = statistics["query"].inputs if name in ("key", "value") else Moments.zeros(inputs)
         statistics[name] = LinearStatistics(
             images=0,
-            inputs=moments,
+            inputs=Moments.zeros(inputs),
             absolute=torch.zeros(inputs, dtype=torch.float64),
             gradient=torch.zeros(outputs, outputs, dtype=torch.float64),
             input_fisher=torch.zeros(inputs, dtype=torch.float64),
@@ -134,8 +151,7 @@ def _add(statistics: dict[str, LinearStatistics], trace: LinearTrace, gradients:
     for name, of_weight in statistics.items():
         inputs, gradient = trace.inputs[name], gradients[name]
         of_weight.images += len(inputs)
-        if name not in ("key", "value"):  # theirs are the query's
-            of_weight.inputs.add(inputs.flatten(0, 1))
+        of_weight.inputs.add(inputs.flatten(0, 1))
         of_weight.absolute += inputs.abs().sum((0, 1)).cpu().double()
         flat = gradient.flatten(0, 1)
         of_weight.gradient += (flat.mT @ flat).cpu().double()

@@ -34,7 +34,7 @@ MIXED = {
     "query_key_ranks": [[3, 1, 4], [4, 4, 4]],
     "value_output_ranks": [[2, 3, 4], [1, 0, 4]],
     "mlp_widths": [6, 11],
-    "factor_ranks": [{"key": 5, "up": 2}, {}],
+    "factor_ranks": [{"query_key_value": 5, "up": 2}, {}],
     "bypass_ranks": [3, 0],
 }
 UNIFORM = {"query_key_ranks": [[3] * 3] * 2, "value_output_ranks": [[3] * 3] * 2, "mlp_widths": [7, 7]}

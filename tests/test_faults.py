@@ -209,8 +209,7 @@ def test_fault_08_a_factor_larger_than_the_weight_stays_dense(preset, source, pi
     options = ("--preset", preset, "--reduction", 0.02)
     succeeded(call(*compression(source, pictures, tmp_path / "out", *options)))
     model, _, _ = load_checkpoint(tmp_path / "out")
-    shapes = {"query": (16, 16), "key": (16, 16), "value": (16, 16), "output": (16, 16), "up": (24, 16)}
-    shapes["down"] = (16, 24)
+    shapes = {"query_key_value": (48, 16), "output": (16, 16), "up": (24, 16), "down": (16, 24)}
     factored = [(name, rank) for ranks in model.config.factor_ranks for name, rank in ranks.items()]
     assert factored
     assert all(rank * sum(shapes[name]) < np.prod(shapes[name]) for name, rank in factored)

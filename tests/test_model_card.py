@@ -181,7 +181,7 @@ PLAN = {
 }
 
 
-@pytest.mark.parametrize("factors", [[{}, {}], [{"up": 3}, {"query": 2, "down": 9}]])
+@pytest.mark.parametrize("factors", [[{}, {}], [{"up": 3}, {"query_key_value": 2, "down": 9}]])
 def test_picture_of_the_plan(factors, tmp_path: Path):
     plan = {**PLAN, "factor_ranks": factors}
     first = plan_chart(plan)

@@ -17,7 +17,7 @@ from hf_vit_lowrank.checkpoint import load_checkpoint, save_checkpoint
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.evaluation import count_parameters
 from hf_vit_lowrank.images import load_image_processor
-from hf_vit_lowrank.linear_statistics import traced_linears, whole_weights
+from hf_vit_lowrank.linear_statistics import query_scale, traced_linears, whole_weights
 from hf_vit_lowrank.presets import PRESETS
 from hf_vit_lowrank.presets.factored import all_candidates, factored_parameters, linear_of, uniform_ranks
 from hf_vit_lowrank.presets.inputs import PresetInputs
@@ -53,8 +53,12 @@ def models(inputs: PresetInputs, limit: int) -> dict[str, LowRankViTForImageClas
 
 
 def product(model, layer: int, name: str) -> torch.Tensor:
+    """What stands for one of `whole_weights`: the query's scale is taken out again."""
     pair = linear_of(model.vit.blocks[layer], name)
-    return (pair.expand.weight @ pair.reduce.weight).detach().double()
+    weight = (pair.expand.weight @ pair.reduce.weight).detach().double()
+    if name == "query_key_value":
+        weight[:48] /= query_scale(model.vit.blocks[layer])
+    return weight
 
 
 def logits(model, embeddings):
@@ -127,7 +131,7 @@ def test_every_weight_minimises_the_criterion_of_its_preset(inputs, models, pres
 def test_uniform_ranks_are_the_largest_of_one_ratio(inputs, limit):
     ranks = uniform_ranks(inputs.model, limit)
     assert ranks[0] == ranks[1]
-    assert ranks[0]["query"] / 24 == pytest.approx(ranks[0]["up"] / 32, abs=1 / 24)
+    assert ranks[0]["query_key_value"] / 36 == pytest.approx(ranks[0]["output"] / 24, abs=1 / 24)
     assert factored_parameters(inputs.model, ranks) <= limit
     small = PRESETS["svd"](inputs, limit)
     assert count_parameters(small) == factored_parameters(inputs.model, ranks)
@@ -135,24 +139,33 @@ def test_uniform_ranks_are_the_largest_of_one_ratio(inputs, limit):
     assert factored_parameters(inputs.model, larger) > limit
 
 
+def test_biases_that_a_pair_adds_are_counted():
+    sizes = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96, "image_size": 16}
+    model = random_model(0.15, **sizes, num_labels=5, qkv_bias=False)
+    inputs = PresetInputs(model, [model.vit.embeddings(torch.randn(4, 3, 16, 16))], [], seed=0)
+    ranks = uniform_ranks(model, int(0.7 * count_parameters(model)))
+    assert all("query_key_value" in own for own in ranks)
+    assert count_parameters(PRESETS["svd"](inputs, int(0.7 * count_parameters(model)))) == factored_parameters(
+        model, ranks
+    )
+
+
 def test_blockwise_uses_the_compressed_stream(models):
     one_shot, blockwise = models["svd-llm"], models["svd-llm-blockwise"]
     assert one_shot.config.factor_ranks == blockwise.config.factor_ranks
     assert torch.allclose(product(one_shot, 0, "down"), product(blockwise, 0, "down"), atol=1e-5)
-    assert not torch.allclose(product(one_shot, 1, "query"), product(blockwise, 1, "query"), atol=1e-3)
+    assert not torch.allclose(product(one_shot, 1, "up"), product(blockwise, 1, "up"), atol=1e-3)
 
 
 def test_means_are_folded(inputs, models):
     # In the first block both models see the same, so the mean output of each factored weight is the dense one.
     small, stream = models["afm"].vit.blocks[0], torch.cat(inputs.embeddings)
     dense = traced_linears(inputs.model.vit.blocks[0], stream)
-    for name in ("query", "up"):
-        found = linear_of(small, name)(dense.inputs[name]).mean((0, 1))
-        torch.testing.assert_close(found, dense.outputs[name].mean((0, 1)), rtol=1e-3, atol=1e-4)
-    # The value's mean comes back out of the output bias: with the dense attention the mean output is the dense one.
-    lost = dense.outputs["value"].mean((0, 1)) - small.attention.value(dense.inputs["value"]).mean((0, 1))
-    found = small.attention.output(dense.inputs["output"] - lost).mean((0, 1))
-    torch.testing.assert_close(found, dense.outputs["output"].mean((0, 1)), rtol=1e-3, atol=1e-4)
+    for name, outputs in dense.outputs.items():
+        found, expected = linear_of(small, name)(dense.inputs[name]).mean((0, 1)), outputs.mean((0, 1))
+        if name == "query_key_value":
+            found[:48] /= query_scale(small)
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_kfac_predicts_what_its_metric_says_and_moves_ranks_to_where_they_count(inputs, models):
@@ -202,13 +215,14 @@ def test_paper_has_a_second_tensor_of_five_percent_and_fits_better_with_it(input
             q = second[layer][name]
             assert q == max(1, int(0.05 * weight.numel() / sum(weight.shape)))
             assert small.config.factor_ranks[layer][name] == rank + q
-            if layer == 0 and name in ("query", "key", "value"):  # what they read is the dense stream
+            if layer == 0 and name == "query_key_value":  # what it reads is the dense stream
                 x = trace.inputs[name].flatten(0, 1).double()
                 B, A = candidates[layer][name].factors(rank)
                 alone = (x @ (weight - B @ A).mT).square().sum()
                 both = (x @ (weight - product(small, layer, name)).mT).square().sum()
                 assert both < alone
-                assert torch.allclose(linear_of(compressed, name).expand.weight[:, :rank].double(), B, atol=1e-5)
+                stored = linear_of(compressed, name).expand.weight[48:, :rank].double()
+                assert torch.allclose(stored, B[48:], atol=1e-5)
         stream = trace.after
 
 

@@ -173,10 +173,12 @@ def parameters_of_plan(config: LowRankViTConfig) -> int:
         total += sum(qk) * (2 * d + config.qkv_bias) + sum(vo) * 2 * d + d + width * (2 * d + 1) + d + 4 * d
     for layer, factors in enumerate(config.factor_ranks):
         qk, vo = sum(config.query_key_ranks[layer]), sum(config.value_output_ranks[layer])
-        inner = {"query": qk, "key": qk, "value": vo, "output": vo}
+        inner = {"query_key_value": 2 * qk + vo, "output": vo}
         for name, rank in factors.items():
             size = inner.get(name, config.mlp_widths[layer])
             total += rank * (d + size) - d * size
+        if "query_key_value" in factors:
+            total += 2 * qk + vo - config.qkv_bias * qk
     total += sum(2 * d * rank for rank in config.bypass_ranks)
     return total + 2 * d + (d + 1) * labels * (1 + config.use_distillation_head)
 
@@ -208,11 +210,12 @@ def reference_logits(model: LowRankViTForImageClassification, pixels: torch.Tens
     for layer in range(config.num_hidden_layers):
         block = f"vit.blocks.{layer}"
         normed = norm(x, f"{block}.attention_norm")
-        queries = linear(normed, f"{block}.attention.query")
-        if {"key", "value"} & set(config.factor_ranks[layer]):
-            keys, values = linear(normed, f"{block}.attention.key"), linear(normed, f"{block}.attention.value")
+        first_value = sum(config.query_key_ranks[layer])
+        if "query_key_value" in config.factor_ranks[layer]:
+            all_three = linear(normed, f"{block}.attention.query_key_value")
+            queries, keys, values = all_three.tensor_split([first_value, 2 * first_value], -1)
         else:
-            first_value = sum(config.query_key_ranks[layer])
+            queries = linear(normed, f"{block}.attention.query")
             keys, values = linear(normed, f"{block}.attention.key_value").tensor_split([first_value], -1)
         contexts = []
         at, out_at = 0, 0
@@ -298,10 +301,9 @@ def test_parameter_names_are_frozen():
     whole = ("attention.query", "attention.output", "mlp.up", "mlp.down", "attention_norm", "mlp_norm")
     expected = {f"{name}.{kind}" for name in whole for kind in ("weight", "bias")} | {"attention.key_value.weight"}
     assert names == {f"vit.blocks.0.{name}" for name in expected}
-    factored = make_model(ragged_config(factor_ranks=[{"query": 2, "value": 3}, {}], bypass_ranks=[2, 0]))
-    split = {f"attention.{name}.weight" for name in ("query.reduce", "query.expand", "value.reduce", "value.expand")}
+    factored = make_model(ragged_config(factor_ranks=[{"query_key_value": 2}, {}], bypass_ranks=[2, 0]))
     expected -= {"attention.key_value.weight", "attention.query.weight", "attention.query.bias"}
-    expected |= split | {"attention.query.expand.bias", "attention.key.weight"}
+    expected |= {f"attention.query_key_value.{name}" for name in ("reduce.weight", "expand.weight", "expand.bias")}
     expected |= {"mlp.bypass.reduce.weight", "mlp.bypass.expand.weight"}
     names = {name for name in factored.state_dict() if name.startswith("vit.blocks.0.")}
     assert names == {f"vit.blocks.0.{name}" for name in expected}
@@ -334,9 +336,9 @@ def test_newer_format_is_refused(image_processor, tmp_path: Path):
         ({"mlp_widths": [6]}, "mlp_widths must hold 2 numbers"),
         ({"mlp_widths": [6, 21]}, "mlp_widths must be whole numbers from 1 to 20"),
         ({"factor_ranks": [{}]}, "factor_ranks must hold 2 dictionaries"),
-        ({"factor_ranks": [{}, [3]]}, "factor_ranks must map names among query, .*, down to ranks"),
+        ({"factor_ranks": [{}, [3]]}, "factor_ranks must map names among query_key_value, .*, down to ranks"),
         ({"factor_ranks": [{}, {"key_value": 3}]}, "factor_ranks must map names"),
-        ({"factor_ranks": [{}, {"key": 0}]}, "factor_ranks must be whole numbers from 1 to 12"),
+        ({"factor_ranks": [{}, {"output": 0}]}, "factor_ranks must be whole numbers from 1 to 12"),
         ({"factor_ranks": [{"up": 13}, {}]}, "factor_ranks must be whole numbers from 1 to 12"),
         ({"embedding_ranks": {"norm": 1}}, "embedding_ranks must map names among projection, positions"),
         ({"embedding_ranks": {"positions": 13}}, "embedding_ranks must be whole numbers from 1 to 12"),

@@ -1,6 +1,7 @@
 """The methods that replace every single weight W of the blocks by a product BA, told apart by their metrics.
 
 All of them minimise ‖L (W - BA) R‖_F (design 3.3, `candidates/factored.py`); embeddings, norms and head stay whole.
+Queries, keys and values are one weight (`linear_statistics.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ..allocation import ErrorCurve, ImpossibleBudgetError, allocate
 from ..bisection import last_that_fits
 from ..candidates.factored import FactoredCandidate, bias_change, factored_candidate
 from ..evaluation import count_parameters
-from ..linear_statistics import LinearStatistics, traced_linears, whole_weights
+from ..linear_statistics import LinearStatistics, query_scale, traced_linears, whole_weights
 from ..progress import track
 from ..rank_plan import unreachable
 from ..remote.configuration_lowrank_vit import LowRankViTConfig
@@ -131,8 +132,10 @@ def kfac_svd(inputs: PresetInputs, limit: int) -> LowRankViTForImageClassificati
     )
     names = [(layer, name) for layer, of_block in enumerate(candidates) for name in of_block]
     curves = [_loss_curve(candidates[layer][name], inputs.linear_statistics[layer][name]) for layer, name in names]
-    fixed = count_parameters(dense) - sum(
-        weight.numel() for block in _blocks(dense) for weight in whole_weights(block).values()
+    fixed = count_parameters(dense) + sum(
+        added_biases(block, name) - weight.numel()
+        for block in _blocks(dense)
+        for name, weight in whole_weights(block).items()
     )
     try:
         sizes = allocate(curves, limit - fixed)
@@ -168,7 +171,16 @@ def factored_parameters(dense: LowRankViTForImageClassification, ranks: FactorRa
     for block, own in zip(_blocks(dense), ranks, strict=True):
         weights = whole_weights(block)
         total += sum(rank * sum(weights[name].shape) - weights[name].numel() for name, rank in own.items())
+        total += sum(added_biases(block, name) for name in own)
     return total
+
+
+def added_biases(block: LowRankViTBlock, name: str) -> int:
+    """Biases that a product of two has and the whole weight has not: those of keys and values."""
+    if name != "query_key_value":
+        return 0
+    query = block.attention.query
+    return len(_whole_bias(block, name)) - (0 if query.bias is None else query.out_features)
 
 
 def smallest_factored(dense: LowRankViTForImageClassification) -> int:
@@ -272,51 +284,56 @@ def factored_model(
     names = small.state_dict().keys()
     small.load_state_dict({name: tensor for name, tensor in dense.state_dict().items() if name in names}, strict=False)
     for layer, (block, source, own) in enumerate(zip(_blocks(small), _blocks(dense), ranks, strict=True)):
-        if block.attention.separate:
-            weights = whole_weights(source)
-            for name in {"key", "value"} - set(own):
-                set_linear(linear_of(block, name), weights[name])
         for name, rank in own.items():
-            expand = linear_of(block, name).expand
-            if expand.bias is not None:
-                expand.bias.copy_(linear_of(source, name).bias)
+            linear_of(block, name).expand.bias.copy_(_whole_bias(source, name))
             if candidates is not None:
                 set_factors(block, name, candidates[layer][name].factors(rank))
     return small
 
 
 def linear_of(block: LowRankViTBlock, name: str) -> Any:
-    """A block's linear map by name: whole, or `reduce` and `expand`."""
+    """A block's linear map by name: `reduce` and `expand`, or whole, as queries, keys and values never are in one."""
     return getattr(block.mlp if name in ("up", "down") else block.attention, name)
 
 
 def set_factors(block: LowRankViTBlock, name: str, factors: tuple[Tensor, Tensor]) -> None:
-    """Write B and A."""
+    """Write B and A of one of `whole_weights`."""
     pair = linear_of(block, name)
-    set_linear(pair.expand, factors[0])
+    set_linear(pair.expand, _scaled(block, name, factors[0]))
     set_linear(pair.reduce, factors[1])
+
+
+def _scaled(block: LowRankViTBlock, name: str, outputs: Tensor) -> Tensor:
+    """Rows (m, …) that belong to one of `whole_weights` as they are stored, the query's scale being part of it."""
+    if name != "query_key_value":
+        return outputs
+    queries = sum(block.attention.query_key_ranks)
+    return torch.cat((outputs[:queries] * query_scale(block), outputs[queries:]))
+
+
+def _whole_bias(block: LowRankViTBlock, name: str) -> Tensor:
+    """(m,) of a block at full rank, as stored."""
+    if name != "query_key_value":
+        return linear_of(block, name).bias
+    query, key_value = block.attention.query, block.attention.key_value
+    zeros = key_value.weight.new_zeros(query.out_features + key_value.out_features)
+    if query.bias is not None:
+        zeros[: query.out_features] = query.bias
+    return zeros
 
 
 @torch.no_grad()
 def fold_means(inputs: PresetInputs, small: LowRankViTForImageClassification) -> None:
-    """Change biases so that every factored weight gives what it gave at the mean of its inputs.
-
-    A value has no bias: what is the same for all tokens passes through the attention into the output bias. A key's
-    cancels in the softmax. A query's is left out where the model has no query bias.
-    """
+    """Change biases so that every factored weight gives what it gave at the mean of its inputs."""
     layers: Any = zip(_blocks(small), _blocks(inputs.model), inputs.linear_statistics, strict=True)
     for layer, (block, source, statistics) in enumerate(layers):
         weights = whole_weights(source)
         for name in small.config.factor_ranks[layer]:
             pair, moments = linear_of(block, name), statistics[name].inputs
             factors = pair.expand.weight.cpu().double(), pair.reduce.weight.cpu().double()
-            change = bias_change(weights[name].cpu(), factors, moments.first / moments.count)
-            if name == "value":
-                output = linear_of(block, "output")
-                bias = output.expand.bias if "output" in small.config.factor_ranks[layer] else output.bias
-                bias += output(change.to(bias)) - bias
-            elif pair.expand.bias is not None:
-                pair.expand.bias += change.to(pair.expand.bias)
+            weight = _scaled(block, name, weights[name]).cpu()
+            change = bias_change(weight, factors, moments.first / moments.count)
+            pair.expand.bias += change.to(pair.expand.bias)
 
 
 def _input_moments(block: LowRankViTBlock, stream: Sequence[Tensor]) -> dict[str, Moments]:
@@ -324,9 +341,9 @@ def _input_moments(block: LowRankViTBlock, stream: Sequence[Tensor]) -> dict[str
     moments: dict[str, Moments] = {}
     for batch in stream:
         inputs = traced_linears(block, batch.to(block.mlp.down.weight.device)).inputs
-        for name in ("query", "output", "up", "down"):
-            moments.setdefault(name, Moments.zeros(inputs[name].shape[-1])).add(inputs[name].flatten(0, 1))
-    return moments | dict.fromkeys(("key", "value"), moments["query"])
+        for name, values in inputs.items():
+            moments.setdefault(name, Moments.zeros(values.shape[-1])).add(values.flatten(0, 1))
+    return moments
 
 
 def _eye(statistics: LinearStatistics) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..candidates.factored import FactoredCandidate
 from ..evaluation import count_parameters
-from ..linear_statistics import LinearStatistics, whole_weights
+from ..linear_statistics import LinearStatistics, set_whole_weight
 from ..progress import track
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
 from .factored import all_candidates, factored_model, largest_rank, scaled_ranks, uniform_ranks, whole_ranks
@@ -32,8 +32,7 @@ def flar_svd(inputs: PresetInputs, limit: int) -> LowRankViTForImageClassificati
     threshold is the change made by the uniform model of this size, divided by the number of weights; the ranks found
     are then scaled to the size, as in the authors' code. Different here: a weight that no rank is good enough for
     counts with its break-even rank and is scaled too, ranks are not rounded to multiples of 8 after scaling, and there
-    is no filter by latency; queries, keys and values are three weights, in the authors' models one. The search runs on
-    the first 32 calibration images, theirs on 512 that are blended.
+    is no filter by latency. The search runs on the first 32 calibration images, theirs on 512 that are blended.
 
     Raises:
         UserError: the limit cannot be reached.
@@ -107,5 +106,5 @@ class _FeatureError:
 
 def _with_weight(block: LowRankViTBlock, name: str, weight: Tensor) -> LowRankViTBlock:
     changed = copy.deepcopy(block)
-    whole_weights(changed)[name].copy_(weight)
+    set_whole_weight(changed, name, weight)
     return changed

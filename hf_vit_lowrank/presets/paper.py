@@ -17,6 +17,7 @@ from ..rank_plan import unreachable
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
 from .factored import (
     FactorRanks,
+    added_biases,
     all_candidates,
     factored_model,
     factored_parameters,
@@ -46,7 +47,7 @@ def paper(inputs: PresetInputs, limit: int) -> LowRankViTForImageClassification:
     What the text leaves open and how it is filled here: G starts at zero and Y at random, so that the fit starts at BA
     and never ends above it (the best step is kept); 300 steps of Adam, peak rate 0.03, cosine; the gradient of the
     squared error needs only second moments of the inputs, so each step sees all images at once; query, key and value
-    are three weights; the energy rule starts at the largest rank at which a pair is smaller than the weight, and the
+    are one weight; the energy rule starts at the largest rank at which a pair is smaller than the weight, and the
     share of GY is within the budget; biases stay.
 
     Raises:
@@ -68,13 +69,14 @@ def paper_ranks(
 ) -> tuple[FactorRanks, FactorRanks]:
     """The ranks r of all BA and q of all GY."""
     second: FactorRanks = whole_ranks(dense)
+    blocks: Any = dense.vit.blocks
     curves, names, fixed = [], [], count_parameters(dense)
     for layer, own in enumerate(candidates):
         for name, candidate in own.items():
             outputs, inputs = len(candidate.expand), candidate.reduce.shape[1]
             rank = _second_rank(outputs, inputs)
             second[layer][name] = rank
-            fixed += rank * (outputs + inputs) - outputs * inputs
+            fixed += rank * (outputs + inputs) - outputs * inputs + added_biases(blocks[layer], name)
             largest = max(1, largest_rank(outputs, inputs) - rank)
             curves.append(ErrorCurve(candidate.errors[: largest + 1].numpy(), outputs + inputs))
             names.append((layer, name))
@@ -118,13 +120,12 @@ def _fit(
     blocks: Any = zip(inputs.model.vit.blocks, small.vit.blocks, strict=True)
     for layer, (source, block) in enumerate(track(blocks, "Fitting GY", len(first), "blocks")):
         weights = whole_weights(source)
-        for names, read, advance in _STAGES:
+        for name, read, advance in _STAGES:
             cross, moment = _moments(source, block, dense_stream, small_stream, read)
-            for name in names:
-                B, A = candidates[layer][name].factors(first[layer][name])
-                rest = weights[name].cpu().double() @ cross - B @ (A @ moment)
-                G, Y = second_tensor(rest, moment, second[layer][name], generator)
-                set_factors(block, name, (torch.cat((B, G), 1), torch.cat((A, Y))))
+            B, A = candidates[layer][name].factors(first[layer][name])
+            rest = weights[name].cpu().double() @ cross - B @ (A @ moment)
+            G, Y = second_tensor(rest, moment, second[layer][name], generator)
+            set_factors(block, name, (torch.cat((B, G), 1), torch.cat((A, Y))))
             if advance is not None:
                 dense_stream = [advance(source, batch) for batch in dense_stream]
                 small_stream = [advance(block, batch) for batch in small_stream]
@@ -204,10 +205,10 @@ def _device(block: LowRankViTBlock) -> torch.device:
     return block.mlp_norm.weight.device
 
 
-# Weights that read the same, what they read, and how the stream goes on once they are fitted.
+# A weight, what it reads, and how the stream goes on once it is fitted.
 _STAGES: Any = (
-    (("query", "key", "value"), _attention_input, None),
-    (("output",), _context, _after_attention),
-    (("up",), _mlp_input, None),
-    (("down",), _hidden, _after_mlp),
+    ("query_key_value", _attention_input, None),
+    ("output", _context, _after_attention),
+    ("up", _mlp_input, None),
+    ("down", _hidden, _after_mlp),
 )

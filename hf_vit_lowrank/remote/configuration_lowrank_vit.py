@@ -7,8 +7,8 @@ from typing import Any
 from transformers.configuration_utils import PretrainedConfig
 
 FORMAT_VERSION = 1
-# The weights of a block that can be a product of two.
-FACTORABLE = ("query", "key", "value", "output", "up", "down")
+# The weights of a block that can be a product of two; queries, keys and values then share one.
+FACTORABLE = ("query_key_value", "output", "up", "down")
 # The pieces of the embeddings that can: the projection of the patches, and the position embeddings.
 FACTORABLE_EMBEDDINGS = ("projection", "positions")
 # Far above any real model. What is larger is damage or an attack, and refused before anything of that size is made.

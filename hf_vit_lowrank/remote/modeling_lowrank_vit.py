@@ -130,7 +130,7 @@ class LowRankViTAttention(nn.Module):
 
     The factor 1/sqrt(head size) is part of the query weights. Keys have no bias, since a softmax over keys does not see
     what is the same for all of them; values have none, since attention rows sum to one and it lives in the output bias.
-    Keys and values share one weight unless one of them is factored.
+    As a product of two, the weights of queries, keys and values are one, which has a bias for all three.
     """
 
     def __init__(self, config: LowRankViTConfig, layer: int):
@@ -141,12 +141,12 @@ class LowRankViTAttention(nn.Module):
         self.dropout = config.attention_probs_dropout_prob
         scores_size, context_size = sum(self.query_key_ranks), sum(self.value_output_ranks)
         hidden_size, factors = config.hidden_size, config.factor_ranks[layer]
-        self.query = make_linear(hidden_size, scores_size, factors.get("query"), bias=config.qkv_bias)
-        self.separate = "key" in factors or "value" in factors
-        if self.separate:
-            self.key = make_linear(hidden_size, scores_size, factors.get("key"), bias=False)
-            self.value = make_linear(hidden_size, context_size, factors.get("value"), bias=False)
+        self.is_factored = "query_key_value" in factors
+        if self.is_factored:
+            outputs = 2 * scores_size + context_size
+            self.query_key_value = make_linear(hidden_size, outputs, factors["query_key_value"])
         else:
+            self.query = nn.Linear(hidden_size, scores_size, bias=config.qkv_bias)
             self.key_value = nn.Linear(hidden_size, scores_size + context_size, bias=False)
         self.output = make_linear(context_size, hidden_size, factors.get("output"))
 
@@ -161,7 +161,7 @@ class LowRankViTAttention(nn.Module):
         self, hidden_states: torch.Tensor, num_queries: int | None = None, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the output weight reads, the attention-averaged values: (batch, queries, sum of value-output ranks)."""
-        query, key_value = self.query(hidden_states[:, :num_queries]), self._keys_and_values(hidden_states)
+        query, key_value = self._query_and_key_value(hidden_states, num_queries)
         if self._is_fused(query.device, output_attentions):
             return self._fused(query, key_value), None
         return self._head_by_head(query, key_value, output_attentions)
@@ -172,11 +172,16 @@ class LowRankViTAttention(nn.Module):
             return False
         return device.type != "cpu" or len({*self.query_key_ranks, *self.value_output_ranks}) == 1
 
-    def _keys_and_values(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """Side by side: (batch, tokens, sum of both kinds of ranks)."""
-        if self.separate:
-            return torch.cat((self.key(hidden_states), self.value(hidden_states)), dim=-1)
-        return self.key_value(hidden_states)
+    def _query_and_key_value(
+        self, hidden_states: torch.Tensor, num_queries: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, queries, sum of query-key ranks), and keys and values side by side, (batch, tokens, sum of both)."""
+        if not self.is_factored:
+            return self.query(hidden_states[:, :num_queries]), self.key_value(hidden_states)
+        scores_size, context_size = sum(self.query_key_ranks), sum(self.value_output_ranks)
+        all_three = self.query_key_value(hidden_states)
+        query, key_value = all_three.split([scores_size, scores_size + context_size], dim=-1)
+        return query[:, :num_queries], key_value
 
     def _fused(self, query: torch.Tensor, key_value: torch.Tensor) -> torch.Tensor:
         # The fused kernels want one head size for all three, a multiple of 8 on most devices.
