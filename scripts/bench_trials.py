@@ -44,12 +44,16 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     "closed form, units removed with ridge 0.1": ({}, [("candidates.mlp_width", "RIDGE", 0.1)]),
     "gradient": ({"compensation": "gradient"}, []),
     "gradient, no random views": ({"compensation": "gradient"}, [("compensation.steps", "VIEWS", 0)]),
-    "gradient, 4 passes": ({"compensation": "gradient"}, [("compensation.gradient", "EPOCHS", 4)]),
+    "gradient, 8 passes": ({"compensation": "gradient"}, [("compensation.gradient", "EPOCHS", 8)]),
     "gradient, embeddings whole": ({"compensation": "gradient"}, [WHOLE_EMBEDDINGS]),
     "gradient, bypasses": ({"compensation": "gradient"}, [("budget", "TRAINED", ())]),
-    "gradient, 5 views and 4 passes": (
+    "gradient, 2 views and 8 passes": (
         {"compensation": "gradient"},
-        [("compensation.steps", "VIEWS", 5), ("compensation.gradient", "EPOCHS", 4)],
+        [("compensation.steps", "VIEWS", 2), ("compensation.gradient", "EPOCHS", 8)],
+    ),
+    "gradient, 11 views and 2 passes": (
+        {"compensation": "gradient"},
+        [("compensation.steps", "VIEWS", 11), ("compensation.gradient", "EPOCHS", 2)],
     ),
     "gradient, crops from 15 %": ({"compensation": "gradient"}, [("augmentation", "CROP_AREA", (0.15, 1.0))]),
     "gradient, rate 5e-4": ({"compensation": "gradient"}, [("compensation.gradient", "LEARNING_RATE", 5e-4)]),

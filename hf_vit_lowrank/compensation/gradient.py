@@ -27,7 +27,7 @@ from ..statistics import BlockStatistics, token_weight
 from .closed_form import refit_block
 from .drift import moved
 
-EPOCHS = 8
+EPOCHS = 4
 LEARNING_RATE = 1e-3
 WARM_UP_STEPS = 20
 
@@ -58,10 +58,12 @@ def compensate_gradient(
 
     refit: fit each block in closed form first, on the stream that the trained blocks before it produce; on the images
         alone, since two views of one in the two halves of the images would make its noise look like knowledge.
-    run: where finished blocks are kept. Holds three streams in memory, each of the size of `images` and `views`.
+    run: where finished blocks are kept. Holds two streams in memory beside the embeddings, each of the size of `images`
+    and `views`, and moves them in place.
     """
     num_read, layers = dense.config.num_tokens_read, len(dense.vit.blocks)
-    targets, inputs = [*images, *views], [*images, *views]
+    size, fitted_on = len(images[0]), sum(map(len, images))
+    targets, inputs = torch.cat([*images, *views]), torch.cat([*images, *views])
     held_targets, held_inputs = list(held_back), list(held_back)
     records = []
     blocks: Any = zip(dense.vit.blocks, small.vit.blocks, statistics, strict=True)
@@ -70,34 +72,45 @@ def compensate_gradient(
         stage = f"block-{layer:02}"
         done = run.has(stage)
         if refit and not done:
-            streams = targets[: len(images)], inputs[: len(images)]
-            refit_block(source, block, moments, *streams, queries, num_read)
-        targets, held_targets = moved(source, targets, queries), moved(source, held_targets, queries)
+            dense_stream, small_stream = (list(stream[:fitted_on].split(size)) for stream in (targets, inputs))
+            refit_block(source, block, moments, dense_stream, small_stream, queries, num_read)
+        targets, held_targets = _moved_in_place(source, targets, queries, size), moved(source, held_targets, queries)
         if done:
             state, fields = run.load(stage)
             block.load_state_dict(state)
             record = BlockTraining(**fields)
         else:
-            error = _Error(moments, torch.cat(targets), num_read, dense.device)
-            record = _train(block, queries, error, (inputs, targets), (held_inputs, held_targets), seed + layer)
+            error = _Error(moments, targets, num_read, dense.device, size)
+            held = held_inputs, held_targets
+            record = _train(block, queries, error, (inputs, targets), held, seed + layer, size)
             run.save(stage, (block.state_dict(), asdict(record)))
         records.append(record)
-        inputs, held_inputs = moved(block, inputs, queries), moved(block, held_inputs, queries)
+        inputs, held_inputs = _moved_in_place(block, inputs, queries, size), moved(block, held_inputs, queries)
     return records
+
+
+@torch.no_grad()
+def _moved_in_place(block: LowRankViTBlock, stream: Tensor, queries: int | None, size: int) -> Tensor:
+    """The stream (images, tokens, d) behind a block, written over that before it, `size` images at once."""
+    device = next(block.parameters()).device
+    for batch in stream.split(size):
+        batch[:, :queries] = block(batch.to(device), queries)[0].cpu()
+    return stream[:, :queries]
 
 
 class _Error:
     """Mean of ‖Γ^½ (output - target)‖² over tokens, a token weighing what it weighs in the refits, relative to what the
     mean of all targets would give."""
 
-    def __init__(self, statistics: BlockStatistics, targets: Tensor, num_read: int, device: torch.device):
+    def __init__(self, statistics: BlockStatistics, targets: Tensor, num_read: int, device: torch.device, size: int):
         self.weight, self.num_read = token_weight(statistics.mlp_gradient), num_read
         self.root = square_root(output_metric(statistics.mlp_gradient, self.weight))[0].float().to(device)
         self.scale = 1.0
-        images, mean = processes.total(len(targets)), targets.double().sum(0)
-        processes.add_up(mean)
-        error = self(targets.to(device), (mean / images).float().to(device))
-        self.scale = max(processes.total(len(targets) * float(error)) / images, 1e-30)
+        images, total = processes.total(len(targets)), targets.sum(0, dtype=torch.float64)
+        processes.add_up(total)
+        mean = (total / images).float().to(device)
+        errors = sum(len(batch) * float(self(batch.to(device), mean)) for batch in targets.split(size))
+        self.scale = max(processes.total(errors) / images, 1e-30)
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """(images, tokens, d) both."""
@@ -110,13 +123,14 @@ def _train(
     block: LowRankViTBlock,
     queries: int | None,
     error: Callable[[Tensor, Tensor], Tensor],
-    fitting: tuple[list[Tensor], list[Tensor]],
+    fitting: tuple[Tensor, Tensor],
     held_back: tuple[list[Tensor], list[Tensor]],
     seed: int,
+    size: int,
 ) -> BlockTraining:
     before = _mean_error(block, queries, error, *held_back)
     start = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    _descend(block, queries, error, *fitting, seed)
+    _descend(block, queries, error, *fitting, seed, size)
     after = _mean_error(block, queries, error, *held_back)
     kept = after < before  # false for NaN as well
     if not kept:
@@ -128,14 +142,14 @@ def _descend(
     block: LowRankViTBlock,
     queries: int | None,
     error: Callable[[Tensor, Tensor], Tensor],
-    inputs: list[Tensor],
-    targets: list[Tensor],
+    inputs: Tensor,
+    targets: Tensor,
     seed: int,
+    size: int,
 ) -> None:
-    device = next(block.parameters()).device
-    size, generator = len(inputs[0]), torch.Generator().manual_seed(seed)
-    all_inputs, all_targets = near([torch.cat(inputs), torch.cat(targets)], device)
-    counts = processes.gather(len(all_inputs))
+    device, generator = next(block.parameters()).device, torch.Generator().manual_seed(seed)
+    inputs, targets = near([inputs, targets], device)
+    counts = processes.gather(len(inputs))
     first = sum(counts[: processes.index()])
     steps = EPOCHS * -(-sum(counts) // size)
     optimizer = torch.optim.Adam(block.parameters(), LEARNING_RATE)
@@ -146,11 +160,11 @@ def _descend(
     half = half_precision(device)
     for _ in range(EPOCHS):
         for chosen in torch.randperm(sum(counts), generator=generator).split(size):
-            own = chosen[(chosen >= first) & (chosen < first + len(all_inputs))] - first
+            own = chosen[(chosen >= first) & (chosen < first + len(inputs))] - first
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                outputs, _ = block(all_inputs[own].to(device), queries)
+                outputs, _ = block(inputs[own].to(device), queries)
             optimizer.zero_grad(set_to_none=False)
-            (error(outputs, all_targets[own].to(device)) * (len(own) / len(chosen))).backward()
+            (error(outputs, targets[own].to(device)) * (len(own) / len(chosen))).backward()
             processes.add_up(*(parameter.grad for parameter in block.parameters() if parameter.grad is not None))
             optimizer.step()
             schedule.step()

@@ -31,7 +31,7 @@ from .gradient import BlockTraining, compensate_gradient
 logger = logging.getLogger(__name__)
 
 # Random views of every calibration image beside the image itself, for training block by block.
-VIEWS = 2
+VIEWS = 5
 # Images on which the drift of each block is measured, for the report.
 DRIFT_IMAGES = 64
 
