@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib import import_module
@@ -19,8 +20,9 @@ from unittest.mock import patch
 import datasets
 import transformers
 import typer
+from rank_trials import in_two_steps, probed
 
-from hf_vit_lowrank.calibration import TRAINING_SHARE, calibrate, held_back_agreement, held_back_divergence
+from hf_vit_lowrank.calibration import TRAINING_SHARE, Calibrated, calibrate, held_back_agreement, held_back_divergence
 from hf_vit_lowrank.compress import build
 from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.recipe import CompressionRecipe
@@ -86,6 +88,13 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
         [("compensation.distill", "PLAIN", 0.1), ("augmentation", "CROP_AREA", (0.15, 1.0))],
     ),
 }
+# Trial: what differs in the recipe, and how ranks are chosen.
+RANK_TRIALS: dict[str, tuple[dict[str, Any], Callable[[Calibrated, CompressionRecipe], Any]]] = {
+    "closed form, in two steps": ({}, in_two_steps),
+    "closed form, ranks probed": ({}, probed),
+    "gradient, ranks probed": ({"compensation": "gradient"}, probed),
+}
+ALL = [*TRIALS, *RANK_TRIALS]
 
 
 def main(
@@ -94,16 +103,16 @@ def main(
     output: Annotated[Path, typer.Option(help="Folder for trials.json and trials.md.")],
     reduction: Annotated[float, typer.Option(help="Share of the parameters to remove.")] = 0.6,
     trials: Annotated[
-        str | None, typer.Option(help=f"Separated by semicolons, of: {'; '.join(TRIALS)} (default: all).")
+        str | None, typer.Option(help=f"Separated by semicolons, of: {'; '.join(ALL)} (default: all).")
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration images.", min=2)] = 1024,
     held_back: Annotated[float, typer.Option(help="Share of them to measure on.")] = TRAINING_SHARE,
     device: Annotated[str | None, typer.Option(help="cpu, cuda … (default: the best one here).")] = None,
 ) -> None:
     """Compress by variants of the method and show how far each is from the dense model on held-back images."""
-    chosen = [name.strip() for name in trials.split(";")] if trials else list(TRIALS)
-    if unknown := [name for name in chosen if name not in TRIALS]:
-        raise UserError(f"There is no trial '{unknown[0]}'; there are {'; '.join(TRIALS)}.")
+    chosen = [name.strip() for name in trials.split(";")] if trials else ALL
+    if unknown := [name for name in chosen if name not in ALL]:
+        raise UserError(f"There is no trial '{unknown[0]}'; there are {'; '.join(ALL)}.")
     output.mkdir(parents=True, exist_ok=True)
     path = output / "trials.json"
     rows: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -112,18 +121,28 @@ def main(
     for name in chosen:
         key = f"−{100 * reduction:g} %, {100 * held_back:g} % held back: {name}"
         if key not in rows:
-            fields, constants = TRIALS[name]
-            with _changed(constants):
-                result = build(calibrated, replace(recipe, **fields))
+            start = time.perf_counter()
+            model, curve = _made(calibrated, recipe, name)
             rows[key] = {
-                "divergence": held_back_divergence(calibrated, result.model),
-                "agreement": 100 * held_back_agreement(calibrated, result.model),
-                "curve": result.report.get("distillation", {}).get("curve"),
-                "seconds": sum(result.report["seconds"].values()) - sum(calibrated.seconds.values()),
+                "divergence": held_back_divergence(calibrated, model),
+                "agreement": 100 * held_back_agreement(calibrated, model),
+                "curve": curve,
+                "seconds": time.perf_counter() - start,
             }
             path.write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (output / "trials.md").write_text(_table(rows), encoding="utf-8")
     print(_table(rows))
+
+
+def _made(calibrated: Calibrated, recipe: CompressionRecipe, name: str) -> tuple[Any, Any]:
+    """The model of a trial and, where it was distilled, the curve."""
+    if name in RANK_TRIALS:
+        fields, chosen_by = RANK_TRIALS[name]
+        return chosen_by(calibrated, replace(recipe, **fields)), None
+    fields, constants = TRIALS[name]
+    with _changed(constants):
+        result = build(calibrated, replace(recipe, **fields))
+    return result.model, result.report.get("distillation", {}).get("curve")
 
 
 @contextmanager

@@ -280,8 +280,9 @@ def test_quantised_models_are_smaller_and_near(kind, bits, error):
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.name)
-def test_what_a_script_imports_is_there(path):
-    assert callable(runpy.run_path(str(path)).get("main" if path.stem != "compat" else "make"))
+def test_what_a_script_imports_is_there(path, monkeypatch):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    assert runpy.run_path(str(path))["__doc__"]
 
 
 def test_latency_of_random_weights_is_measured(tmp_path):
@@ -330,21 +331,22 @@ def test_sizes_that_are_no_numbers_are_refused(digits_model, digits_data, tmp_pa
 
 
 @pytest.mark.slow
-def test_trials_change_one_constant_and_are_not_run_twice(digits_model, digits_data, tmp_path):
+def test_trials_change_one_thing_and_are_not_run_twice(digits_model, digits_data, tmp_path):
+    names = ("closed form", "closed form, no bypass", "closed form, in two steps", "closed form, ranks probed")
+
     def trials():
         return subprocess.run(
             [
                 *(sys.executable, str(SCRIPTS / "bench_trials.py"), str(digits_model)),
                 *("--calibration", str(digits_data.calibration), "--samples", "64", "--reduction", "0.8"),
-                *("--trials", "closed form; closed form, no bypass", "--output", str(tmp_path)),
+                *("--trials", "; ".join(names), "--output", str(tmp_path)),
             ],
             check=True,
         )
 
     trials()
     rows = json.loads((tmp_path / "trials.json").read_text())
-    plain, changed = rows.values()
-    assert plain["divergence"] != changed["divergence"]
+    assert len({row["divergence"] for row in rows.values()}) == len(names)
     trials()
     assert json.loads((tmp_path / "trials.json").read_text()) == rows
 
