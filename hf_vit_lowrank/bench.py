@@ -261,6 +261,7 @@ def _measure(cell: Cell, workshop: _Workshop, batches: PreparedImages) -> dict[s
         "top5": report.top5,
         "images": report.images,
         "skipped": report.skipped,
+        "held_back_divergence": _held_back_divergence(result.report) if result else None,
         "seconds": {
             "build": result.report["seconds"]["build"] if result else 0.0,
             "evaluation": time.perf_counter() - start,
@@ -268,6 +269,12 @@ def _measure(cell: Cell, workshop: _Workshop, batches: PreparedImages) -> dict[s
         "failed": None,
         "final": True,
     }
+
+
+def _held_back_divergence(report: dict[str, Any]) -> float | None:
+    """From the dense model's probabilities on calibration images that training held back, in nats; None without."""
+    trained = report.get("distillation") or report.get("gradient")
+    return trained["after" if trained["kept"] else "before"] if trained else None
 
 
 class PreparedImages:

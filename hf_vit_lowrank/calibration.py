@@ -168,7 +168,7 @@ def calibrate(
         if processes.count() > 1:
             own = calibration.shared(Share(processes.index(), processes.count(), recipe.batch_size))
         fitting, held_back = _split(_embed(dense, own, recipe.batch_size), hold_back, recipe.batch_size)
-        expected = _logits(dense.model, held_back)
+        expected = stream_logits(dense.model, held_back)
     image_sha256 = _joint_sha256(own)
     run.require(image_sha256=image_sha256)
     with timed(seconds, "statistics"):
@@ -303,7 +303,7 @@ def held_back_confidence(calibrated: Calibrated, model: LowRankViTForImageClassi
 
 
 def _held_back_logits(calibrated: Calibrated, model: LowRankViTForImageClassification) -> Tensor:
-    return _logits(model, embedded_by(model, calibrated.dense.model, calibrated.held_back))
+    return stream_logits(model, embedded_by(model, calibrated.dense.model, calibrated.held_back))
 
 
 def _mean_of_all(values: Tensor) -> float:
@@ -312,14 +312,14 @@ def _mean_of_all(values: Tensor) -> float:
 
 
 @torch.no_grad()
-def _logits(model: LowRankViTForImageClassification, embeddings: Sequence[Tensor]) -> Tensor:
-    """(images, classes) in float64 on the CPU, from batches of embeddings."""
+def stream_logits(model: LowRankViTForImageClassification, stream: Sequence[Tensor], first_block: int = 0) -> Tensor:
+    """(images, classes) in float64 on the CPU, from batches of what a block reads: embeddings, for the first one."""
     logits = []
-    for batch in embeddings:
-        stream = batch.to(model.device)
-        for block in model.vit.blocks:
-            stream, _ = block(stream)
-        logits.append(model.classify(model.vit.norm(stream))[0].double().cpu())
+    for batch in stream:
+        tokens = batch.to(model.device)
+        for block in model.vit.blocks[first_block:]:
+            tokens, _ = block(tokens)
+        logits.append(model.classify(model.vit.norm(tokens))[0].double().cpu())
     return torch.cat(logits) if logits else torch.empty(0, model.config.num_labels or 0, dtype=torch.float64)
 
 

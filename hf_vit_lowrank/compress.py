@@ -22,6 +22,7 @@ from .hub import PushReport, push_folder
 from .images import ImageStream
 from .model_card import PICTURE, model_card
 from .presets import PRESETS
+from .probing import Weighed, probe_sizes
 from .recipe import OURS, CompressionRecipe
 from .record import built_size, compression_record, planned_size, published
 from .remote.configuration_lowrank_vit import LowRankViTConfig
@@ -169,12 +170,18 @@ def build(calibrated: Calibrated, recipe: CompressionRecipe, *, run: RunFolder =
     """
     dense = calibrated.dense
     seconds: dict[str, float] = {}
+    probes = None
+    if recipe.probes_sizes:
+        with timed(seconds, "probes"):
+            probes = run.stage("probes", lambda: probe_sizes(calibrated, recipe, run.part("probing")))
     with timed(seconds, "surgery"):
-        config, state, size = run.stage("surgery", lambda: _smaller(calibrated, recipe))
+        config, state, size = run.stage("surgery", lambda: _smaller(calibrated, recipe, probes))
         model = LowRankViTForImageClassification(LowRankViTConfig.from_dict(config)).eval()
         model.load_state_dict(state)
         torch.nn.Module.to(model, dense.model.device)
     report = compression_record(calibrated.dense, calibrated.calibration, recipe, size)
+    if probes is not None:
+        report["probes"] = probes
     drift = {"before": measured_drifts(calibrated, model)}
     report.update(compensate(calibrated, model, recipe, seconds, run))
     if (name := not_finite(model)) is not None:
@@ -185,15 +192,16 @@ def build(calibrated: Calibrated, recipe: CompressionRecipe, *, run: RunFolder =
 
 
 def _smaller(
-    calibrated: Calibrated, recipe: CompressionRecipe
+    calibrated: Calibrated, recipe: CompressionRecipe, probes: dict[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """Configuration, weights and sizes of the smaller model, before any compensation."""
     if recipe.preset == OURS:
-        ranks = recipe_ranks(calibrated.dense, calibrated.candidates, calibrated.embedding, recipe)
-        model = shrink(
-            *(calibrated.dense.model, calibrated.candidates, calibrated.embedding, calibrated.statistics), ranks
-        )
-        size = planned_size(calibrated.dense, calibrated.candidates, recipe, ranks)
+        candidates = calibrated.candidates
+        if probes is not None:
+            candidates = Weighed(candidates, probes["factors"])
+        ranks = recipe_ranks(calibrated.dense, candidates, calibrated.embedding, recipe)
+        model = shrink(calibrated.dense.model, candidates, calibrated.embedding, calibrated.statistics, ranks)
+        size = planned_size(calibrated.dense, candidates, recipe, ranks)
     else:
         # Every process makes the whole: what a preset needs of the images is not always a sum over them.
         model = PRESETS[recipe.preset](calibrated.presets, recipe_limit(calibrated.dense, recipe))

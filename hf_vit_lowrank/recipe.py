@@ -51,6 +51,9 @@ class CompressionRecipe:
         products whose number of outputs is odd run at two thirds of the speed on a CPU with AVX-512.
     native: one head size and one MLP width for the whole model, which transformers' own classes (5.5 or newer) load
         without remote code. Of preset "mixed-rank" only; its two sizes need not be multiples of `rank_multiple`.
+    probe: measure what sizes are worth once blocks are refitted, and choose ranks again by that (`probing.py`), which
+        takes several times as long as "closed-form" alone. None means: where training takes longer still. Of preset
+        "mixed-rank" only, not of native plans, and not without compensation.
 
     Raises:
         UserError: a value out of range, or not exactly one target.
@@ -73,6 +76,7 @@ class CompressionRecipe:
     query_key_weight: float = 4.0
     rank_multiple: int = 8
     native: bool = False
+    probe: bool | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -123,6 +127,19 @@ class CompressionRecipe:
         _require(0 < self.query_key_weight < float("inf"), "query_key_weight must be positive")
         _require(self.rank_multiple >= 1, f"rank_multiple must be at least 1, not {self.rank_multiple}")
         _require(not self.native or self.preset == OURS, f"native goes with preset '{OURS}' only")
+        _require(
+            not self.probe or self._can_probe,
+            f"probe goes with preset '{OURS}' and a compensation, and not with native, whose blocks all have one size",
+        )
+
+    @property
+    def probes_sizes(self) -> bool:
+        """Whether ranks are chosen again, by `probe` or because training takes longer still."""
+        return self._can_probe and (self.compensation in TRAINED if self.probe is None else self.probe)
+
+    @property
+    def _can_probe(self) -> bool:
+        return self.preset == OURS and not self.native and self.compensation != "none"
 
     def _check_types(self) -> None:
         for name, hint in get_type_hints(type(self)).items():

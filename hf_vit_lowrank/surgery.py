@@ -36,22 +36,41 @@ def shrink(
     _shrink_embeddings(small, dense, embedding)
     parts: Any = zip(small.vit.blocks, dense.vit.blocks, candidates, statistics, strict=True)
     for block, source, candidate, moments in parts:
-        _shrink_attention(block, source, candidate, moments)
-        if block.mlp.up.out_features < source.mlp.up.out_features:
-            seen = moments.mlp.weighted(token_weight(moments.mlp_gradient))
-            down, kept = source.mlp.down, candidate.width.kept(block.mlp.up.out_features)
-            keep_units(block, source, kept, down.weight, down.bias, seen, candidate.mlp_metric)
+        shrink_block(block, source, candidate, moments)
     return small
+
+
+@torch.no_grad()
+def shrink_block(
+    block: LowRankViTBlock, source: LowRankViTBlock, candidates: BlockCandidates, statistics: BlockStatistics
+) -> None:
+    """Write the dense block `source` into a block of smaller sizes, as `shrink` does with all."""
+    _shrink_attention(block, source, candidates, statistics)
+    if block.mlp.up.out_features < source.mlp.up.out_features:
+        seen = statistics.mlp.weighted(token_weight(statistics.mlp_gradient))
+        down, kept = source.mlp.down, candidates.width.kept(block.mlp.up.out_features)
+        keep_units(block, source, kept, down.weight, down.bias, seen, candidates.mlp_metric)
 
 
 def resized(dense: LowRankViTForImageClassification, config: LowRankViTConfig) -> LowRankViTForImageClassification:
     """A model of that configuration in eval mode; it has the dense weights wherever their shape is the same."""
     small = LowRankViTForImageClassification(config).eval()
     nn.Module.to(small, dense.device)
+    _copy_same_shapes(small, dense)
+    return small
+
+
+def resized_block(dense: LowRankViTBlock, config: LowRankViTConfig, layer: int) -> LowRankViTBlock:
+    """One block of that configuration, as in `resized`."""
+    small = LowRankViTBlock(config, layer).eval().to(dense.mlp.down.weight.device)
+    _copy_same_shapes(small, dense)
+    return small
+
+
+def _copy_same_shapes(small: nn.Module, dense: nn.Module) -> None:
     shapes = {name: tensor.shape for name, tensor in small.state_dict().items()}
     same = {name: tensor for name, tensor in dense.state_dict().items() if shapes.get(name) == tensor.shape}
     small.load_state_dict(same, strict=False)
-    return small
 
 
 def keep_units(

@@ -40,7 +40,8 @@ class BlockCandidates:
 
     moment_ranks: of the covariances that the images have determined, of contexts and the MLP's inputs.
     down_weight (d, w), mlp_covariance (w + d, w + d) and mlp_metric (d, d) are what bypasses are made from.
-    reads_all_tokens: false for the last block only.
+    reads_all_tokens: false for the last block only. factors: on the errors of query-key, value-output and width, from
+    what was measured (`probing.py`).
     """
 
     query_key: QueryKeyLayer
@@ -51,13 +52,14 @@ class BlockCandidates:
     mlp_covariance: Tensor
     mlp_metric: Tensor
     reads_all_tokens: bool
+    factors: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def curves(self, costs: UnitCosts, query_key_weight: float, multiple: int) -> list[ErrorCurve]:
         """Of query-key, value-output and width, in sizes of a multiple; half a squared gradient is a loss."""
-        heads = len(self.query_key.heads)
-        query_key = 0.5 * query_key_weight * self.query_key.errors
-        value_output = 0.5 * VALUE_OUTPUT_WEIGHT * self.value_output.elimination.errors
-        width = 0.5 * (1.0 if self.reads_all_tokens else LAST_WIDTH_WEIGHT) * self.width.errors
+        heads, factors = len(self.query_key.heads), [0.5 * factor for factor in self.factors]
+        query_key = factors[0] * query_key_weight * self.query_key.errors
+        value_output = factors[1] * VALUE_OUTPUT_WEIGHT * self.value_output.elimination.errors
+        width = factors[2] * (1.0 if self.reads_all_tokens else LAST_WIDTH_WEIGHT) * self.width.errors
         return [
             ErrorCurve(query_key.numpy(), costs.query_key, smallest=heads, step=multiple),
             ErrorCurve(value_output.numpy(), costs.value_output, step=multiple),

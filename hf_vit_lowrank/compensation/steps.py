@@ -51,7 +51,7 @@ def compensate(
     if recipe.preset == OURS:
         shrunk = copy.deepcopy(model) if recipe.compensation in TRAINED else None
         with timed(seconds, "compensation"):
-            drifts = _refit(calibrated, model, run.part("closed-form"))
+            drifts = refit(calibrated, model, run.part("closed-form"))
         report["blocks"] = [asdict(drift) for drift in drifts]
     if recipe.compensation in TRAINED:
         with timed(seconds, "gradient"):
@@ -83,16 +83,17 @@ def _parts(batches: Sequence[Tensor], size: int) -> list[Tensor]:
     return [part for batch in batches for part in batch.split(size)]
 
 
-def _refit(calibrated: Calibrated, model: LowRankViTForImageClassification, run: RunFolder) -> list[BlockDrift]:
+def refit(calibrated: Calibrated, model: LowRankViTForImageClassification, run: RunFolder) -> list[BlockDrift]:
+    """Refit `model` in place in closed form."""
     start, embeddings = copy.deepcopy(model.state_dict()), _shared(calibrated, model, calibrated.fitting)
 
-    def refit(size: int) -> list[BlockDrift]:
+    def attempt(size: int) -> list[BlockDrift]:
         model.load_state_dict(start)
         return compensate_closed_form(
             calibrated.dense.model, model, calibrated.statistics, _parts(embeddings, size), run
         )
 
-    return with_smaller_batches("Compensation", refit, calibrated.images_at_once)
+    return with_smaller_batches("Compensation", attempt, calibrated.images_at_once)
 
 
 def _train_blocks(

@@ -316,10 +316,10 @@ def _whole_bias(block: LowRankViTBlock, name: str) -> Tensor:
     if name != "query_key_value":
         return linear_of(block, name).bias
     query, key_value = block.attention.query, block.attention.key_value
-    zeros = key_value.weight.new_zeros(query.out_features + key_value.out_features)
+    bias = key_value.weight.new_zeros(query.out_features + key_value.out_features)
     if query.bias is not None:
-        zeros[: query.out_features] = query.bias
-    return zeros
+        bias[: query.out_features] = query.bias
+    return bias
 
 
 @torch.no_grad()

@@ -1,0 +1,153 @@
+"""What the size of every piece is worth once blocks are compensated, measured; by that, ranks are chosen again.
+
+Error curves predict what one piece does to the dense model. How much of it refits repair, and what the blocks behind
+make of the rest, differs from block to block by a factor of ten. So the model of the first plan is refitted, and each
+of its pieces is made smaller and larger in turn, its block refitted again, and the divergence from the dense model's
+probabilities measured, on images that the refits have seen as well: what is learnt by heart is much the same on both
+sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div
+
+from . import processes
+from .budget import recipe_ranks
+from .calibration import Calibrated, stream_logits
+from .candidates.block import BlockCandidates, UnitCosts
+from .compensation.closed_form import refit_block
+from .compensation.drift import moved
+from .compensation.steps import refit
+from .embeddings import embedded_by
+from .out_of_memory import with_smaller_batches
+from .progress import track
+from .rank_plan import RankPlan
+from .recipe import CompressionRecipe
+from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
+from .run_folder import RunFolder
+from .surgery import resized_block, shrink, shrink_block
+
+# A piece is made smaller and larger by this share of the hidden size.
+STEP = 1 / 8
+# Images of all processes on which divergences are measured.
+IMAGES = 300
+# Curves are multiplied by at most this, and by no less than one over it.
+LARGEST_FACTOR = 2.0
+_PIECES = ("query_key_ranks", "value_output_ranks", "mlp_widths")
+_FREE = UnitCosts(1, 1, 1, 1)  # of a curve only the errors are read
+
+
+@dataclass(frozen=True)
+class Weighed(Sequence[BlockCandidates]):
+    """Candidates whose error curves are multiplied by factors; those of a block are fetched when they are asked for."""
+
+    candidates: Sequence[BlockCandidates]
+    factors: Sequence[Sequence[float]]
+
+    def __len__(self) -> int:
+        return len(self.candidates)
+
+    def __getitem__(self, layer: Any) -> Any:
+        return replace(self.candidates[layer], factors=tuple(self.factors[layer]))
+
+
+def probe_sizes(calibrated: Calibrated, recipe: CompressionRecipe, run: RunFolder) -> dict[str, list[list[float]]]:
+    """Per block, of query-key, value-output and width: "worth", measured over predicted, and "factors" on curves."""
+    candidates = calibrated.candidates
+    plan = recipe_ranks(calibrated.dense, candidates, calibrated.embedding, recipe)
+    model = shrink(calibrated.dense.model, candidates, calibrated.embedding, calibrated.statistics, plan)
+    refit(calibrated, model, run.part("closed-form"))
+    worth = with_smaller_batches(
+        "Probes", lambda size: _worth(calibrated, recipe, plan, model, size, run), calibrated.images_at_once
+    )
+    return {"worth": worth, "factors": curve_factors(worth)}
+
+
+def curve_factors(worth: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Of each block's curves, by how much more their sizes are worth than predicted: the root of the ratio to the
+    median, since measurements are noisy, within `LARGEST_FACTOR`. All ones where the median size is worth nothing."""
+    ratios = sorted(ratio for own in worth for ratio in own)
+    middle = ratios[len(ratios) // 2]
+    if not middle > 0:
+        return [[1.0] * len(own) for own in worth]
+    return [
+        [min(max(max(ratio / middle, 0.0) ** 0.5, 1 / LARGEST_FACTOR), LARGEST_FACTOR) for ratio in own]
+        for own in worth
+    ]
+
+
+@torch.no_grad()
+def _worth(
+    calibrated: Calibrated,
+    recipe: CompressionRecipe,
+    plan: RankPlan,
+    model: LowRankViTForImageClassification,
+    images_at_once: int,
+    run: RunFolder,
+) -> list[list[float]]:
+    """By block and piece, how much the divergence falls from a smaller size to a larger one over how much the curve
+    says; six digits."""
+    dense = calibrated.dense.model
+    num_read, layers = dense.config.num_tokens_read, len(dense.vit.blocks)
+    fitting = [part for batch in calibrated.fitting for part in batch.split(images_at_once)]
+    streams = [embedded_by(model, dense, fitting) for _ in range(2)]
+    probes = -(-IMAGES // (processes.count() * images_at_once))  # batches
+    expected = stream_logits(dense, fitting[:probes]).log_softmax(-1)
+    worth = []
+    for layer in track(range(layers), "Probing sizes", layers, "blocks"):
+        source: Any = dense.vit.blocks[layer]
+        block: Any = model.vit.blocks[layer]
+        queries = num_read if layer == layers - 1 else None
+        stage = f"worth-{layer:02}"
+        if run.has(stage):
+            own = run.load(stage)
+        else:
+            own = []
+            candidate, moments = calibrated.candidates[layer], calibrated.statistics[layer]
+            for sizes, predicted in _probed_sizes(plan, layer, candidate, recipe, dense.config.hidden_size):
+                divergences = []
+                for changed in sizes:
+                    tried = resized_block(source, changed.apply(dense.config), layer)
+                    shrink_block(tried, source, candidate, moments)
+                    refit_block(source, tried, moments, list(streams[0]), list(streams[1]), queries, num_read)
+                    seen = moved(tried, streams[1][:probes], queries)
+                    divergences.append(_divergence(stream_logits(model, seen, layer + 1), expected))
+                gain = divergences[0] - divergences[1]
+                own.append(float(f"{gain / predicted:.6g}") if predicted > 0 else 0.0)
+            run.save(stage, own)
+        worth.append(own)
+        streams = [moved(source, streams[0], queries), moved(block, streams[1], queries)]
+    return worth
+
+
+def _divergence(logits: Tensor, expected: Tensor) -> float:
+    """Mean over the images of all processes; `expected` are logarithms of probabilities."""
+    total = kl_div(logits.log_softmax(-1), expected, log_target=True, reduction="sum").item()
+    return processes.total(total) / processes.total(len(expected))
+
+
+def _probed_sizes(
+    plan: RankPlan, layer: int, candidates: BlockCandidates, recipe: CompressionRecipe, hidden_size: int
+) -> Iterator[tuple[tuple[RankPlan, RankPlan], float]]:
+    """For each piece of a block: plans in which it is smaller and larger, and what its curve says that lies between."""
+    step = max(int(STEP * hidden_size), 1)
+    chosen = sum(plan.query_key_ranks[layer]), sum(plan.value_output_ranks[layer]), plan.mlp_widths[layer]
+    curves = candidates.curves(_FREE, recipe.query_key_weight, recipe.rank_multiple)
+    for piece, (size, curve) in enumerate(zip(chosen, curves, strict=True)):
+        smaller, larger = max(size - step, curve.sizes[0]), min(size + step, curve.largest)
+        changed = (_with_size(plan, layer, candidates, piece, other) for other in (smaller, larger))
+        yield (next(changed), next(changed)), float(curve.errors[smaller] - curve.errors[larger])
+
+
+def _with_size(plan: RankPlan, layer: int, candidates: BlockCandidates, piece: int, size: int) -> RankPlan:
+    heads: Any = (candidates.query_key.head_ranks, candidates.value_output.head_ranks, int)[piece](size)
+    sizes = list(getattr(plan, _PIECES[piece]))
+    sizes[layer] = heads
+    changed: dict[str, Any] = {_PIECES[piece]: sizes}
+    return replace(plan, **changed)
