@@ -110,6 +110,14 @@ QueryKeyWeight = Annotated[float, _option("Factor on the error curves of query a
 RankMultiple = Annotated[
     int, _option("Inner sizes of a layer are multiples of this, which matrix products want; 1 leaves them free.", min=1)
 ]
+Probe = Annotated[
+    bool | None,
+    _option(
+        "Measure what sizes are worth once blocks are refitted, and choose ranks again by that. Default: with gradient "
+        "and distill, which take longer still.",
+        "--probe/--no-probe",
+    ),
+]
 
 RecipeFile = Annotated[
     Path | None,
@@ -226,6 +234,7 @@ def compress(
     query_key_weight: QueryKeyWeight = 4.0,
     rank_multiple: RankMultiple = CompressionRecipe.rank_multiple,
     native: Native = False,
+    probe: Probe = None,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     device: Device = None,
@@ -270,6 +279,7 @@ def compress(
         query_key_weight=query_key_weight,
         rank_multiple=rank_multiple,
         native=native,
+        probe=probe,
     )
     if smoke:
         recipe = replace(recipe, distill_epochs=1, samples=min(recipe.samples, SMOKE_SAMPLES))
@@ -394,6 +404,7 @@ def sweep(
     gradient_checkpointing: Checkpointing = False,
     query_key_weight: QueryKeyWeight = 4.0,
     rank_multiple: RankMultiple = CompressionRecipe.rank_multiple,
+    probe: Probe = None,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     device: Device = None,
@@ -426,6 +437,7 @@ def sweep(
         seed=seed,
         query_key_weight=query_key_weight,
         rank_multiple=rank_multiple,
+        probe=probe,
     )
     _check_file(json)
     _refuse_source(output, source)

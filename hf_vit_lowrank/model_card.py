@@ -109,7 +109,7 @@ def model_card(record: dict[str, Any], *, picture: str | None = None) -> str:
         removed=f"{100 * reduction:.1f} %",
         dense={"parameters": _millions(source["parameters"])},
         small={"parameters": _millions(record["parameters"])},
-        method=_method(record.get("recipe", {})),
+        method=_method(record.get("recipe", {}), probed="probes" in record),
         place=Markup(_place(None, "main")),
         picture=picture,
         rows=_rows(record),
@@ -122,7 +122,7 @@ def model_card(record: dict[str, Any], *, picture: str | None = None) -> str:
     )
 
 
-def _method(recipe: dict[str, Any]) -> list[str]:
+def _method(recipe: dict[str, Any], probed: bool) -> list[str]:
     """What was done, in sentences."""
     preset, compensation = recipe.get("preset", OURS), recipe.get("compensation")
     low_rank = " (and a low-rank bypass or projection of the patches where that pays),"
@@ -136,6 +136,10 @@ def _method(recipe: dict[str, Any]) -> list[str]:
     refits = compensation != "none" and preset == OURS
     sentences = [
         (True, made),
+        (
+            probed,
+            "They were chosen again by what each size was worth once the others had been refitted, which was measured.",
+        ),
         (
             refits,
             "The weights that remain were refitted in closed form, block by block, so that the tokens meet those of "
@@ -274,7 +278,8 @@ def _command_line(record: dict[str, Any]) -> Markup | None:
     words = ["hf-vit-lowrank", "compress", _shown_source(source), "--calibration", _shown(calibration, "IMAGES")]
     for name, value in chosen.items():
         if value is not None:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+            option = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+            words += [option, *([] if isinstance(value, bool) else [str(value)])]
     command = shlex.join(words)
     return None if "\n" in command else Markup(command)
 

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .recipe import CompressionRecipe
+
 BYTES_PER_PARAMETER = 4  # checkpoints are written in float32
 
 
@@ -38,6 +40,8 @@ def show_plan(report: dict[str, Any]) -> None:
     console.print(_sizes(report))
     for line in _notes(report):
         console.print(line)
+    if CompressionRecipe.from_dict(report["recipe"]).probes_sizes:
+        console.print("These ranks are a start: they will be chosen again by what sizes are worth once refitted.")
     console.print("Nothing was written.")
 
 

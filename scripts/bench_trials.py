@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from importlib import import_module
@@ -20,7 +20,7 @@ from unittest.mock import patch
 import datasets
 import transformers
 import typer
-from rank_trials import in_two_steps, probed
+from rank_trials import in_two_steps
 
 from hf_vit_lowrank.calibration import TRAINING_SHARE, Calibrated, calibrate, held_back_agreement, held_back_divergence
 from hf_vit_lowrank.compress import build
@@ -44,7 +44,9 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     "closed form, embeddings whole": ({}, [WHOLE_EMBEDDINGS]),
     "closed form, ridge 1e-5": ({}, [("regression", "RIDGES", (1e-5,)), ("regression", "START", 0)]),
     "closed form, units removed with ridge 0.1": ({}, [("candidates.mlp_width", "RIDGE", 0.1)]),
+    "closed form, sizes probed": ({"probe": True}, []),
     "gradient": ({"compensation": "gradient"}, []),
+    "gradient, sizes not probed": ({"compensation": "gradient", "probe": False}, []),
     "gradient, no random views": ({"compensation": "gradient"}, [("compensation.steps", "VIEWS", 0)]),
     "gradient, 8 passes": ({"compensation": "gradient"}, [("compensation.gradient", "EPOCHS", 8)]),
     "gradient, embeddings whole": ({"compensation": "gradient"}, [WHOLE_EMBEDDINGS]),
@@ -88,13 +90,8 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
         [("compensation.distill", "PLAIN", 0.1), ("augmentation", "CROP_AREA", (0.15, 1.0))],
     ),
 }
-# Trial: what differs in the recipe, and how ranks are chosen.
-RANK_TRIALS: dict[str, tuple[dict[str, Any], Callable[[Calibrated, CompressionRecipe], Any]]] = {
-    "closed form, in two steps": ({}, in_two_steps),
-    "closed form, ranks probed": ({}, probed),
-    "gradient, ranks probed": ({"compensation": "gradient"}, probed),
-}
-ALL = [*TRIALS, *RANK_TRIALS]
+TWO_STEPS = "closed form, in two steps"
+ALL = [*TRIALS, TWO_STEPS]
 
 
 def main(
@@ -136,9 +133,8 @@ def main(
 
 def _made(calibrated: Calibrated, recipe: CompressionRecipe, name: str) -> tuple[Any, Any]:
     """The model of a trial and, where it was distilled, the curve."""
-    if name in RANK_TRIALS:
-        fields, chosen_by = RANK_TRIALS[name]
-        return chosen_by(calibrated, replace(recipe, **fields)), None
+    if name == TWO_STEPS:
+        return in_two_steps(calibrated, recipe), None
     fields, constants = TRIALS[name]
     with _changed(constants):
         result = build(calibrated, replace(recipe, **fields))

@@ -332,7 +332,7 @@ def test_sizes_that_are_no_numbers_are_refused(digits_model, digits_data, tmp_pa
 
 @pytest.mark.slow
 def test_trials_change_one_thing_and_are_not_run_twice(digits_model, digits_data, tmp_path):
-    names = ("closed form", "closed form, no bypass", "closed form, in two steps", "closed form, ranks probed")
+    names = ("closed form", "closed form, no bypass", "closed form, in two steps", "closed form, sizes probed")
 
     def trials():
         return subprocess.run(

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_vit_lowrank import calibration
+from hf_vit_lowrank import calibration, probing
 from hf_vit_lowrank.calibration import calibrate
 from hf_vit_lowrank.compensation import closed_form, distill, gradient
 from hf_vit_lowrank.compress import build, compress
@@ -48,6 +48,7 @@ def killing(function, calls):
 @pytest.mark.parametrize(
     ("place", "name", "calls"),
     [
+        (probing, "_divergence", 8),
         (closed_form, "refit_block", 1),
         (gradient, "_train", 2),
         (distill._Progress, "on_step_end", 4),
@@ -61,6 +62,7 @@ def test_a_run_that_died_goes_on_to_the_same_bits(place, name, calls, calibrated
         with pytest.raises(KilledError):
             build(calibrated, RECIPE, run=run)
     if place is distill._Progress:  # then nothing of the earlier stages may run again
+        monkeypatch.setattr(probing, "_worth", killing(None, 0))
         monkeypatch.setattr(closed_form, "refit_block", killing(None, 0))
         monkeypatch.setattr(gradient, "_train", killing(None, 0))
     resumed = build(calibrated, RECIPE, run=run)
