@@ -18,14 +18,29 @@ from typing import Annotated, Any
 from unittest.mock import patch
 
 import datasets
+import torch
 import transformers
 import typer
-from rank_trials import in_two_steps
 
-from hf_vit_lowrank.calibration import TRAINING_SHARE, Calibrated, calibrate, held_back_agreement, held_back_divergence
+from hf_vit_lowrank.budget import recipe_ranks
+from hf_vit_lowrank.calibration import (
+    NOWHERE,
+    TRAINING_SHARE,
+    Calibrated,
+    calibrate,
+    held_back_agreement,
+    held_back_divergence,
+)
+from hf_vit_lowrank.candidates.block import block_candidates
+from hf_vit_lowrank.compensation.steps import compensate
 from hf_vit_lowrank.compress import build
+from hf_vit_lowrank.embeddings import embedded_by
 from hf_vit_lowrank.errors import RunError, UserError
+from hf_vit_lowrank.export import densified
 from hf_vit_lowrank.recipe import CompressionRecipe
+from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification
+from hf_vit_lowrank.statistics import collect_statistics
+from hf_vit_lowrank.surgery import shrink
 
 Constant = tuple[str, str, Any]
 WHOLE_EMBEDDINGS: Constant = ("rank_plan", "largest_embedding_ranks", lambda *_: {})
@@ -134,11 +149,29 @@ def main(
 def _made(calibrated: Calibrated, recipe: CompressionRecipe, name: str) -> tuple[Any, Any]:
     """The model of a trial and, where it was distilled, the curve."""
     if name == TWO_STEPS:
-        return in_two_steps(calibrated, recipe), None
+        return _in_two_steps(calibrated, recipe), None
     fields, constants = TRIALS[name]
     with _changed(constants):
         result = build(calibrated, replace(recipe, **fields))
     return result.model, result.report.get("distillation", {}).get("curve")
+
+
+def _in_two_steps(calibrated: Calibrated, recipe: CompressionRecipe) -> LowRankViTForImageClassification:
+    """Half of the reduction first; then statistics and error curves of that model, compensated, for the other half.
+
+    The stream to reach stays the dense model's.
+    """
+    assert recipe.reduction is not None
+    half = build(calibrated, replace(recipe, reduction=recipe.reduction / 2)).model
+    whole = densified(half).requires_grad_(False)
+    fitting = embedded_by(half, calibrated.dense.model, calibrated.fitting)
+    statistics = collect_statistics(whole, fitting, recipe.seed, torch.float32, None, calibrated.images_at_once)
+    blocks: Any = zip(whole.vit.blocks, statistics, strict=True)
+    candidates = [block_candidates(block, moments) for block, moments in blocks]
+    plan = recipe_ranks(calibrated.dense, candidates, calibrated.embedding, recipe)
+    small = shrink(whole, candidates, calibrated.embedding, statistics, plan)
+    compensate(calibrated, small, recipe, {}, NOWHERE)
+    return small
 
 
 @contextmanager

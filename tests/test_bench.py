@@ -280,8 +280,7 @@ def test_quantised_models_are_smaller_and_near(kind, bits, error):
 
 
 @pytest.mark.parametrize("path", sorted(SCRIPTS.glob("*.py")), ids=lambda path: path.name)
-def test_what_a_script_imports_is_there(path, monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+def test_what_a_script_imports_is_there(path):
     assert runpy.run_path(str(path))["__doc__"]
 
 
