@@ -9,8 +9,9 @@ sides.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,9 +64,8 @@ def probe_sizes(calibrated: Calibrated, recipe: CompressionRecipe, run: RunFolde
     plan = recipe_ranks(calibrated.dense, candidates, calibrated.embedding, recipe)
     model = shrink(calibrated.dense.model, candidates, calibrated.embedding, calibrated.statistics, plan)
     refit(calibrated, model, run.part("closed-form"))
-    worth = with_smaller_batches(
-        "Probes", lambda size: _worth(calibrated, recipe, plan, model, size, run), calibrated.images_at_once
-    )
+    prober = _Prober(calibrated, recipe, plan, model)
+    worth = with_smaller_batches("Probes", lambda size: prober.measure(size, run), calibrated.images_at_once)
     return {"worth": worth, "factors": curve_factors(worth)}
 
 
@@ -82,72 +82,79 @@ def curve_factors(worth: Sequence[Sequence[float]]) -> list[list[float]]:
     ]
 
 
-@torch.no_grad()
-def _worth(
-    calibrated: Calibrated,
-    recipe: CompressionRecipe,
-    plan: RankPlan,
-    model: LowRankViTForImageClassification,
-    images_at_once: int,
-    run: RunFolder,
-) -> list[list[float]]:
-    """By block and piece, how much the divergence falls from a smaller size to a larger one over how much the curve
-    says; six digits."""
-    dense = calibrated.dense.model
-    num_read, layers = dense.config.num_tokens_read, len(dense.vit.blocks)
-    fitting = [part for batch in calibrated.fitting for part in batch.split(images_at_once)]
-    streams = [embedded_by(model, dense, fitting) for _ in range(2)]
-    probes = -(-IMAGES // (processes.count() * images_at_once))  # batches
-    expected = stream_logits(dense, fitting[:probes]).log_softmax(-1)
-    worth = []
-    for layer in track(range(layers), "Probing sizes", layers, "blocks"):
+@dataclass(frozen=True)
+class _Prober:
+    """model: that of `plan`, refitted."""
+
+    calibrated: Calibrated
+    recipe: CompressionRecipe
+    plan: RankPlan
+    model: LowRankViTForImageClassification
+
+    @torch.no_grad()
+    def measure(self, images_at_once: int, run: RunFolder) -> list[list[float]]:
+        """By block and piece, how much the divergence falls from a smaller size to a larger one over how much the curve
+        says; six digits."""
+        dense, layers = self.calibrated.dense.model, len(self.model.vit.blocks)
+        fitting = [part for batch in self.calibrated.fitting for part in batch.split(images_at_once)]
+        streams = [embedded_by(self.model, dense, fitting) for _ in range(2)]
+        probes = -(-IMAGES // (processes.count() * images_at_once))
+        expected = stream_logits(dense, fitting[:probes]).log_softmax(-1)
+        worth = []
+        for layer in track(range(layers), "Probing sizes", layers, "blocks"):
+            own = run.stage(f"worth-{layer:02}", partial(self._worth, layer, streams, expected, probes))
+            worth.append(own)
+            blocks: Any = dense.vit.blocks[layer], self.model.vit.blocks[layer]
+            pairs = zip(blocks, streams, strict=True)
+            streams = [moved(block, stream, self._queries(layer)) for block, stream in pairs]
+        return worth
+
+    def _worth(self, layer: int, streams: list[list[Tensor]], expected: Tensor, probes: int) -> list[float]:
+        """Of each piece of a block. streams: the dense one and the smaller one before it, of whose batches the first
+        `probes` are measured on. expected: the dense model's logarithms of probabilities."""
+        candidate, worth = self.calibrated.candidates[layer], []
+        step = max(int(STEP * self.calibrated.dense.model.config.hidden_size), 1)
+        plan = self.plan
+        chosen = sum(plan.query_key_ranks[layer]), sum(plan.value_output_ranks[layer]), plan.mlp_widths[layer]
+        curves = candidate.curves(_FREE, self.recipe.query_key_weight, self.recipe.rank_multiple)
+        for piece, (size, curve) in enumerate(zip(chosen, curves, strict=True)):
+            sizes = max(size - step, curve.sizes[0]), min(size + step, curve.largest)
+            plans = (_with_size(plan, layer, candidate, piece, other) for other in sizes)
+            smaller, larger = (self._divergence(layer, candidate, other, streams, expected, probes) for other in plans)
+            predicted = float(curve.errors[sizes[0]] - curve.errors[sizes[1]])
+            worth.append(float(f"{(smaller - larger) / predicted:.6g}") if predicted > 0 else 0.0)
+        return worth
+
+    def _divergence(
+        self,
+        layer: int,
+        candidate: BlockCandidates,
+        plan: RankPlan,
+        streams: list[list[Tensor]],
+        expected: Tensor,
+        probes: int,
+    ) -> float:
+        """Mean over the images of all processes, with one block as another plan has it, refitted."""
+        dense, moments = self.calibrated.dense.model, self.calibrated.statistics[layer]
         source: Any = dense.vit.blocks[layer]
-        block: Any = model.vit.blocks[layer]
-        queries = num_read if layer == layers - 1 else None
-        stage = f"worth-{layer:02}"
-        if run.has(stage):
-            own = run.load(stage)
-        else:
-            own = []
-            candidate, moments = calibrated.candidates[layer], calibrated.statistics[layer]
-            for sizes, predicted in _probed_sizes(plan, layer, candidate, recipe, dense.config.hidden_size):
-                divergences = []
-                for changed in sizes:
-                    tried = resized_block(source, changed.apply(dense.config), layer)
-                    shrink_block(tried, source, candidate, moments)
-                    refit_block(source, tried, moments, list(streams[0]), list(streams[1]), queries, num_read)
-                    seen = moved(tried, streams[1][:probes], queries)
-                    divergences.append(_divergence(stream_logits(model, seen, layer + 1), expected))
-                gain = divergences[0] - divergences[1]
-                own.append(float(f"{gain / predicted:.6g}") if predicted > 0 else 0.0)
-            run.save(stage, own)
-        worth.append(own)
-        streams = [moved(source, streams[0], queries), moved(block, streams[1], queries)]
-    return worth
+        block = resized_block(source, plan.apply(dense.config), layer)
+        shrink_block(block, source, candidate, moments)
+        queries, num_read = self._queries(layer), dense.config.num_tokens_read
+        refit_block(source, block, moments, list(streams[0]), list(streams[1]), queries, num_read)
+        logits = stream_logits(self.model, moved(block, streams[1][:probes], queries), layer + 1)
+        total = kl_div(logits.log_softmax(-1), expected, log_target=True, reduction="sum").item()
+        return processes.total(total) / processes.total(len(expected))
 
-
-def _divergence(logits: Tensor, expected: Tensor) -> float:
-    """Mean over the images of all processes; `expected` are logarithms of probabilities."""
-    total = kl_div(logits.log_softmax(-1), expected, log_target=True, reduction="sum").item()
-    return processes.total(total) / processes.total(len(expected))
-
-
-def _probed_sizes(
-    plan: RankPlan, layer: int, candidates: BlockCandidates, recipe: CompressionRecipe, hidden_size: int
-) -> Iterator[tuple[tuple[RankPlan, RankPlan], float]]:
-    """For each piece of a block: plans in which it is smaller and larger, and what its curve says that lies between."""
-    step = max(int(STEP * hidden_size), 1)
-    chosen = sum(plan.query_key_ranks[layer]), sum(plan.value_output_ranks[layer]), plan.mlp_widths[layer]
-    curves = candidates.curves(_FREE, recipe.query_key_weight, recipe.rank_multiple)
-    for piece, (size, curve) in enumerate(zip(chosen, curves, strict=True)):
-        smaller, larger = max(size - step, curve.sizes[0]), min(size + step, curve.largest)
-        changed = (_with_size(plan, layer, candidates, piece, other) for other in (smaller, larger))
-        yield (next(changed), next(changed)), float(curve.errors[smaller] - curve.errors[larger])
+    def _queries(self, layer: int) -> int | None:
+        """Nothing reads the other tokens after the last block."""
+        last = layer == len(self.model.vit.blocks) - 1
+        return self.calibrated.dense.model.config.num_tokens_read if last else None
 
 
 def _with_size(plan: RankPlan, layer: int, candidates: BlockCandidates, piece: int, size: int) -> RankPlan:
-    heads: Any = (candidates.query_key.head_ranks, candidates.value_output.head_ranks, int)[piece](size)
+    """The plan with another size of one piece."""
+    own: Any = (candidates.query_key.head_ranks, candidates.value_output.head_ranks, int)[piece](size)
     sizes = list(getattr(plan, _PIECES[piece]))
-    sizes[layer] = heads
+    sizes[layer] = own
     changed: dict[str, Any] = {_PIECES[piece]: sizes}
     return replace(plan, **changed)

@@ -100,7 +100,7 @@ def test_what_is_worth_more_gets_more(calibrated, monkeypatch):
     layers = len(calibrated.candidates)
     worth = [[1.0, 1.0, 1.0] for _ in range(layers)]
     worth[0] = [1.0, 0.01, 100.0]
-    monkeypatch.setattr(probing, "_worth", lambda *_: worth)
+    monkeypatch.setattr(probing._Prober, "measure", lambda *_: worth)
     plain, moved_to = (
         build(calibrated, replace(RECIPE, probe=probe, compensation="closed-form")).model.config
         for probe in (False, True)

@@ -48,7 +48,7 @@ def killing(function, calls):
 @pytest.mark.parametrize(
     ("place", "name", "calls"),
     [
-        (probing, "_divergence", 8),
+        (probing._Prober, "_divergence", 8),
         (closed_form, "refit_block", 1),
         (gradient, "_train", 2),
         (distill._Progress, "on_step_end", 4),
@@ -62,7 +62,7 @@ def test_a_run_that_died_goes_on_to_the_same_bits(place, name, calls, calibrated
         with pytest.raises(KilledError):
             build(calibrated, RECIPE, run=run)
     if place is distill._Progress:  # then nothing of the earlier stages may run again
-        monkeypatch.setattr(probing, "_worth", killing(None, 0))
+        monkeypatch.setattr(probing._Prober, "measure", killing(None, 0))
         monkeypatch.setattr(closed_form, "refit_block", killing(None, 0))
         monkeypatch.setattr(gradient, "_train", killing(None, 0))
     resumed = build(calibrated, RECIPE, run=run)
