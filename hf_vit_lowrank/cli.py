@@ -111,12 +111,8 @@ RankMultiple = Annotated[
     int, _option("Inner sizes of a layer are multiples of this, which matrix products want; 1 leaves them free.", min=1)
 ]
 Probe = Annotated[
-    bool | None,
-    _option(
-        "Measure what sizes are worth once blocks are refitted, and choose ranks again by that. Default: with gradient "
-        "and distill, which take longer still.",
-        "--probe/--no-probe",
-    ),
+    bool,
+    _option("Measure what sizes are worth once blocks are refitted, and choose ranks again by that: slow.", "--probe"),
 ]
 
 RecipeFile = Annotated[
@@ -234,7 +230,7 @@ def compress(
     query_key_weight: QueryKeyWeight = 4.0,
     rank_multiple: RankMultiple = CompressionRecipe.rank_multiple,
     native: Native = False,
-    probe: Probe = None,
+    probe: Probe = False,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     device: Device = None,
@@ -404,7 +400,7 @@ def sweep(
     gradient_checkpointing: Checkpointing = False,
     query_key_weight: QueryKeyWeight = 4.0,
     rank_multiple: RankMultiple = CompressionRecipe.rank_multiple,
-    probe: Probe = None,
+    probe: Probe = False,
     seed: Seed = 0,
     batch_size: BatchSize = 32,
     device: Device = None,

@@ -171,7 +171,7 @@ def build(calibrated: Calibrated, recipe: CompressionRecipe, *, run: RunFolder =
     dense = calibrated.dense
     seconds: dict[str, float] = {}
     probes = None
-    if recipe.probes_sizes:
+    if recipe.probe:
         with timed(seconds, "probes"):
             probes = run.stage("probes", lambda: probe_sizes(calibrated, recipe, run.part("probing")))
     with timed(seconds, "surgery"):

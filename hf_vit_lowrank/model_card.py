@@ -278,8 +278,7 @@ def _command_line(record: dict[str, Any]) -> Markup | None:
     words = ["hf-vit-lowrank", "compress", _shown_source(source), "--calibration", _shown(calibration, "IMAGES")]
     for name, value in chosen.items():
         if value is not None:
-            option = f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
-            words += [option, *([] if isinstance(value, bool) else [str(value)])]
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     command = shlex.join(words)
     return None if "\n" in command else Markup(command)
 

@@ -52,8 +52,8 @@ class CompressionRecipe:
     native: one head size and one MLP width for the whole model, which transformers' own classes (5.5 or newer) load
         without remote code. Of preset "mixed-rank" only; its two sizes need not be multiples of `rank_multiple`.
     probe: measure what sizes are worth once blocks are refitted, and choose ranks again by that (`probing.py`), which
-        takes several times as long as "closed-form" alone. None means: where training takes longer still. Of preset
-        "mixed-rank" only, not of native plans, and not without compensation.
+        takes nine times as long as "closed-form" alone. Of preset "mixed-rank" only, not of native plans, and not
+        without compensation.
 
     Raises:
         UserError: a value out of range, or not exactly one target.
@@ -76,7 +76,7 @@ class CompressionRecipe:
     query_key_weight: float = 4.0
     rank_multiple: int = 8
     native: bool = False
-    probe: bool | None = None
+    probe: bool = False
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -128,18 +128,9 @@ class CompressionRecipe:
         _require(self.rank_multiple >= 1, f"rank_multiple must be at least 1, not {self.rank_multiple}")
         _require(not self.native or self.preset == OURS, f"native goes with preset '{OURS}' only")
         _require(
-            not self.probe or self._can_probe,
+            not self.probe or (self.preset == OURS and not self.native and self.compensation != "none"),
             f"probe goes with preset '{OURS}' and a compensation, and not with native, whose blocks all have one size",
         )
-
-    @property
-    def probes_sizes(self) -> bool:
-        """Whether ranks are chosen again, by `probe` or because training takes longer still."""
-        return self._can_probe and (self.compensation in TRAINED if self.probe is None else self.probe)
-
-    @property
-    def _can_probe(self) -> bool:
-        return self.preset == OURS and not self.native and self.compensation != "none"
 
     def _check_types(self) -> None:
         for name, hint in get_type_hints(type(self)).items():

@@ -11,8 +11,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .recipe import CompressionRecipe
-
 BYTES_PER_PARAMETER = 4  # checkpoints are written in float32
 
 
@@ -40,7 +38,7 @@ def show_plan(report: dict[str, Any]) -> None:
     console.print(_sizes(report))
     for line in _notes(report):
         console.print(line)
-    if CompressionRecipe.from_dict(report["recipe"]).probes_sizes:
+    if report["recipe"]["probe"]:
         console.print("These ranks are a start: they will be chosen again by what sizes are worth once refitted.")
     console.print("Nothing was written.")
 

@@ -61,7 +61,7 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     "closed form, units removed with ridge 0.1": ({}, [("candidates.mlp_width", "RIDGE", 0.1)]),
     "closed form, sizes probed": ({"probe": True}, []),
     "gradient": ({"compensation": "gradient"}, []),
-    "gradient, sizes not probed": ({"compensation": "gradient", "probe": False}, []),
+    "gradient, sizes probed": ({"compensation": "gradient", "probe": True}, []),
     "gradient, no random views": ({"compensation": "gradient"}, [("compensation.steps", "VIEWS", 0)]),
     "gradient, 8 passes": ({"compensation": "gradient"}, [("compensation.gradient", "EPOCHS", 8)]),
     "gradient, embeddings whole": ({"compensation": "gradient"}, [WHOLE_EMBEDDINGS]),

@@ -15,7 +15,9 @@ from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.recipe import CompressionRecipe
 from hf_vit_lowrank.run_folder import RunFolder
 
-RECIPE = CompressionRecipe(reduction=0.85, samples=64, compensation="distill", distill_epochs=3, rank_multiple=1)
+RECIPE = CompressionRecipe(
+    reduction=0.85, samples=64, compensation="distill", distill_epochs=3, rank_multiple=1, probe=True
+)
 
 
 class KilledError(Exception):

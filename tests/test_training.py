@@ -23,8 +23,7 @@ from hf_vit_lowrank.recipe import CompressionRecipe
 from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification
 from hf_vit_lowrank.run_folder import RunFolder
 
-# Without probing, which has tests of its own.
-RECIPE = CompressionRecipe(reduction=0.88, samples=160, compensation="gradient", rank_multiple=1, probe=False)
+RECIPE = CompressionRecipe(reduction=0.88, samples=160, compensation="gradient", rank_multiple=1)
 DISTILL = replace(RECIPE, compensation="distill", distill_epochs=15, distill_lr=1e-3)
 SHORT = replace(DISTILL, distill_epochs=3)
 
