@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -15,9 +16,8 @@ from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.recipe import CompressionRecipe
 from hf_vit_lowrank.run_folder import RunFolder
 
-RECIPE = CompressionRecipe(
-    reduction=0.85, samples=64, compensation="distill", distill_epochs=3, rank_multiple=1, probe=True
-)
+RECIPE = CompressionRecipe(reduction=0.85, samples=64, compensation="distill", distill_epochs=3, rank_multiple=1)
+PROBED = CompressionRecipe(reduction=0.85, samples=64, rank_multiple=1, probe=True)
 
 
 class KilledError(Exception):
@@ -31,7 +31,7 @@ def calibrated(digits_model, digits_data):
 
 @pytest.fixture(scope="module")
 def never_killed(calibrated):
-    return build(calibrated, RECIPE)
+    return cache(lambda recipe: build(calibrated, recipe))
 
 
 def killing(function, calls):
@@ -48,31 +48,32 @@ def killing(function, calls):
 
 
 @pytest.mark.parametrize(
-    ("place", "name", "calls"),
+    ("recipe", "place", "name", "calls"),
     [
-        (probing._Prober, "_divergence", 8),
-        (closed_form, "refit_block", 1),
-        (gradient, "_train", 2),
-        (distill._Progress, "on_step_end", 4),
-        (distill._Distiller, "_save_scaler", 2),  # halfway through a checkpoint of the Trainer
+        (PROBED, probing._Prober, "_divergence", 8),
+        (RECIPE, closed_form, "refit_block", 1),
+        (RECIPE, gradient, "_train", 2),
+        (RECIPE, distill._Progress, "on_step_end", 4),
+        (RECIPE, distill._Distiller, "_save_scaler", 2),  # halfway through a checkpoint of the Trainer
     ],
 )
-def test_a_run_that_died_goes_on_to_the_same_bits(place, name, calls, calibrated, never_killed, tmp_path, monkeypatch):
+def test_a_run_that_died_goes_on_to_the_same_bits(
+    recipe, place, name, calls, calibrated, never_killed, tmp_path, monkeypatch
+):
     run = RunFolder(tmp_path / "run")
     with monkeypatch.context() as patch:
         patch.setattr(place, name, killing(getattr(place, name), calls))
         with pytest.raises(KilledError):
-            build(calibrated, RECIPE, run=run)
+            build(calibrated, recipe, run=run)
     if place is distill._Progress:  # then nothing of the earlier stages may run again
-        monkeypatch.setattr(probing._Prober, "measure", killing(None, 0))
         monkeypatch.setattr(closed_form, "refit_block", killing(None, 0))
         monkeypatch.setattr(gradient, "_train", killing(None, 0))
-    resumed = build(calibrated, RECIPE, run=run)
+    resumed, expected = build(calibrated, recipe, run=run), never_killed(recipe)
     state = resumed.model.state_dict()
-    assert all(torch.equal(tensor, state[name]) for name, tensor in never_killed.model.state_dict().items())
-    for result in (resumed, never_killed):
+    assert all(torch.equal(tensor, state[name]) for name, tensor in expected.model.state_dict().items())
+    for result in (resumed, expected):
         result.report.pop("seconds", None)
-    assert resumed.report == never_killed.report
+    assert resumed.report == expected.report
 
 
 def test_statistics_are_not_collected_twice(digits_model, digits_data, tmp_path, monkeypatch):
