@@ -6,6 +6,7 @@ same order, as collective operations need.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -27,6 +28,13 @@ def join() -> None:
 
         # Without being told so, accelerate makes one process of many where there is no accelerator.
         PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())
+        atexit.register(_leave)
+
+
+def _leave() -> None:
+    """Threads of a group that is still there when Python ends may abort the process ("terminate called …")."""
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def count() -> int:
