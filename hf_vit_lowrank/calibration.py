@@ -282,9 +282,14 @@ def held_back_agreement(calibrated: Calibrated, model: LowRankViTForImageClassif
 
 def held_back_divergence(calibrated: Calibrated, model: LowRankViTForImageClassification) -> float:
     """Kullback-Leibler divergence of a model's probabilities from the dense model's on held-back images, in nats."""
-    logits = _held_back_logits(calibrated, model).log_softmax(-1)
-    divergences = kl_div(logits, calibrated.expected.log_softmax(-1), log_target=True, reduction="none").sum(-1)
-    return _mean_of_all(divergences)
+    return mean_divergence(_held_back_logits(calibrated, model), calibrated.expected)
+
+
+def mean_divergence(logits: Tensor, expected: Tensor) -> float:
+    """Of the probabilities that logits stand for from those that others do, (images, classes) both; over the images of
+    all processes."""
+    divergences = kl_div(logits.log_softmax(-1), expected.log_softmax(-1), log_target=True, reduction="none")
+    return _mean_of_all(divergences.sum(-1))
 
 
 def held_back_confidence(calibrated: Calibrated, model: LowRankViTForImageClassification) -> float:

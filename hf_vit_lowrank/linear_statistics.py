@@ -60,23 +60,40 @@ def collect_linear_statistics(
 
 def whole_weights(block: LowRankViTBlock) -> dict[str, Tensor]:
     """The four weights (m, n) of a block at full rank, by name (`FACTORABLE`)."""
-    attention, mlp = block.attention, block.mlp
-    query, key_value = attention.query.weight.detach(), attention.key_value.weight.detach()
-    others = {"output": attention.output, "up": mlp.up, "down": mlp.down}
-    return {"query_key_value": torch.cat((query / query_scale(block), key_value))} | {
-        name: linear.weight.detach() for name, linear in others.items()
-    }
+    query, key_value = block.attention.query.weight.detach(), block.attention.key_value.weight.detach()
+    together = torch.cat((query / query_scale(block), key_value))
+    return {"query_key_value": together} | {name: linear_of(block, name).weight.detach() for name in FACTORABLE[1:]}
+
+
+def weight_shapes(block: LowRankViTBlock) -> dict[str, tuple[int, int]]:
+    """(m, n) of each of `whole_weights`."""
+    query, key_value = block.attention.query, block.attention.key_value
+    together = query.out_features + key_value.out_features, query.in_features
+    return {"query_key_value": together} | {name: linear_of(block, name).weight.shape for name in FACTORABLE[1:]}
 
 
 def set_whole_weight(block: LowRankViTBlock, name: str, weight: Tensor) -> None:
     """The way back: write one of `whole_weights` into a block at full rank."""
-    attention, mlp = block.attention, block.mlp
     if name == "query_key_value":
-        queries = attention.query.out_features
-        set_linear(attention.query, weight[:queries] * query_scale(block))
-        set_linear(attention.key_value, weight[queries:])
+        query, key_value = block.attention.query, block.attention.key_value
+        stored = as_stored(block, name, weight).split([query.out_features, key_value.out_features])
+        set_linear(query, stored[0])
+        set_linear(key_value, stored[1])
     else:
-        set_linear({"output": attention.output, "up": mlp.up, "down": mlp.down}[name], weight)
+        set_linear(linear_of(block, name), weight)
+
+
+def linear_of(block: LowRankViTBlock, name: str) -> Any:
+    """A block's linear map by name: `reduce` and `expand`, or whole, as queries, keys and values never are in one."""
+    return getattr(block.mlp if name in ("up", "down") else block.attention, name)
+
+
+def as_stored(block: LowRankViTBlock, name: str, rows: Tensor) -> Tensor:
+    """Rows (m, …) that belong to one of `whole_weights`, with the query's scale as part of them."""
+    if name != "query_key_value":
+        return rows
+    queries = sum(block.attention.query_key_ranks)
+    return torch.cat((rows[:queries] * query_scale(block), rows[queries:]))
 
 
 def query_scale(block: LowRankViTBlock) -> float:
@@ -115,8 +132,7 @@ def traced_linears(block: LowRankViTBlock, stream: Tensor) -> LinearTrace:
 
 def _zeros(block: LowRankViTBlock) -> dict[str, LinearStatistics]:
     statistics: dict[str, LinearStatistics] = {}
-    for name, weight in whole_weights(block).items():
-        outputs, inputs = weight.shape
+    for name, (outputs, inputs) in weight_shapes(block).items():
         statistics[name] = LinearStatistics(
             images=0,
             inputs=Moments.zeros(inputs),

@@ -16,15 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div
 
 from . import processes
 from .budget import recipe_ranks
-from .calibration import Calibrated, stream_logits
+from .calibration import Calibrated, mean_divergence, stream_logits
 from .candidates.block import BlockCandidates, UnitCosts
 from .compensation.closed_form import refit_block
-from .compensation.drift import moved
-from .compensation.steps import refit
+from .compensation.drift import moved, tokens_computed
+from .compensation.steps import parts, refit
 from .embeddings import embedded_by
 from .out_of_memory import with_smaller_batches
 from .progress import track
@@ -95,60 +94,45 @@ class _Prober:
     def measure(self, images_at_once: int, run: RunFolder) -> list[list[float]]:
         """By block and piece, how much the divergence falls from a smaller size to a larger one over how much the curve
         says; six digits."""
-        dense, layers = self.calibrated.dense.model, len(self.model.vit.blocks)
-        fitting = [part for batch in self.calibrated.fitting for part in batch.split(images_at_once)]
+        dense = self.calibrated.dense.model
+        fitting = parts(self.calibrated.fitting, images_at_once)
         streams = [embedded_by(self.model, dense, fitting) for _ in range(2)]
         probes = -(-IMAGES // (processes.count() * images_at_once))
-        expected = stream_logits(dense, fitting[:probes]).log_softmax(-1)
-        worth = []
+        expected = stream_logits(dense, fitting[:probes])
+        worth, layers = [], len(self.model.vit.blocks)
         for layer in track(range(layers), "Probing sizes", layers, "blocks"):
             own = run.stage(f"worth-{layer:02}", partial(self._worth, layer, streams, expected, probes))
             worth.append(own)
             blocks: Any = dense.vit.blocks[layer], self.model.vit.blocks[layer]
-            pairs = zip(blocks, streams, strict=True)
-            streams = [moved(block, stream, self._queries(layer)) for block, stream in pairs]
+            queries = tokens_computed(dense.config, layer)
+            streams = [moved(block, stream, queries) for block, stream in zip(blocks, streams, strict=True)]
         return worth
 
     def _worth(self, layer: int, streams: list[list[Tensor]], expected: Tensor, probes: int) -> list[float]:
         """Of each piece of a block. streams: the dense one and the smaller one before it, of whose batches the first
-        `probes` are measured on. expected: the dense model's logarithms of probabilities."""
-        candidate, worth = self.calibrated.candidates[layer], []
-        step = max(int(STEP * self.calibrated.dense.model.config.hidden_size), 1)
-        plan = self.plan
+        `probes` are measured on. expected: the dense model's logits for these."""
+        config, plan = self.calibrated.dense.model.config, self.plan
+        candidate, moments = self.calibrated.candidates[layer], self.calibrated.statistics[layer]
+        source: Any = self.calibrated.dense.model.vit.blocks[layer]
+        queries = tokens_computed(config, layer)
+
+        def divergence(plan: RankPlan) -> float:
+            """With this block as another plan has it, refitted."""
+            block = resized_block(source, plan.apply(config), layer)
+            shrink_block(block, source, candidate, moments)
+            refit_block(source, block, moments, list(streams[0]), list(streams[1]), queries, config.num_tokens_read)
+            behind = moved(block, streams[1][:probes], queries)
+            return mean_divergence(stream_logits(self.model, behind, layer + 1), expected)
+
+        step, worth = max(int(STEP * config.hidden_size), 1), []
         chosen = sum(plan.query_key_ranks[layer]), sum(plan.value_output_ranks[layer]), plan.mlp_widths[layer]
         curves = candidate.curves(_FREE, self.recipe.query_key_weight, self.recipe.rank_multiple)
         for piece, (size, curve) in enumerate(zip(chosen, curves, strict=True)):
             sizes = max(size - step, curve.sizes[0]), min(size + step, curve.largest)
-            plans = (_with_size(plan, layer, candidate, piece, other) for other in sizes)
-            smaller, larger = (self._divergence(layer, candidate, other, streams, expected, probes) for other in plans)
+            smaller, larger = (divergence(_with_size(plan, layer, candidate, piece, other)) for other in sizes)
             predicted = float(curve.errors[sizes[0]] - curve.errors[sizes[1]])
             worth.append(float(f"{(smaller - larger) / predicted:.6g}") if predicted > 0 else 0.0)
         return worth
-
-    def _divergence(
-        self,
-        layer: int,
-        candidate: BlockCandidates,
-        plan: RankPlan,
-        streams: list[list[Tensor]],
-        expected: Tensor,
-        probes: int,
-    ) -> float:
-        """Mean over the images of all processes, with one block as another plan has it, refitted."""
-        dense, moments = self.calibrated.dense.model, self.calibrated.statistics[layer]
-        source: Any = dense.vit.blocks[layer]
-        block = resized_block(source, plan.apply(dense.config), layer)
-        shrink_block(block, source, candidate, moments)
-        queries, num_read = self._queries(layer), dense.config.num_tokens_read
-        refit_block(source, block, moments, list(streams[0]), list(streams[1]), queries, num_read)
-        logits = stream_logits(self.model, moved(block, streams[1][:probes], queries), layer + 1)
-        total = kl_div(logits.log_softmax(-1), expected, log_target=True, reduction="sum").item()
-        return processes.total(total) / processes.total(len(expected))
-
-    def _queries(self, layer: int) -> int | None:
-        """Nothing reads the other tokens after the last block."""
-        last = layer == len(self.model.vit.blocks) - 1
-        return self.calibrated.dense.model.config.num_tokens_read if last else None
 
 
 def _with_size(plan: RankPlan, layer: int, candidates: BlockCandidates, piece: int, size: int) -> RankPlan:

@@ -17,6 +17,7 @@ from hf_vit_lowrank.linear_statistics import (
     query_scale,
     set_whole_weight,
     traced_linears,
+    weight_shapes,
     whole_weights,
 )
 
@@ -113,6 +114,7 @@ def test_whole_weights_are_as_the_source_has_them_and_go_back(model):
     assert query_scale(block) == 0.5  # heads of size four
     assert torch.equal(weights["query_key_value"][:12], 2 * block.attention.query.weight)
     assert torch.equal(weights["query_key_value"][12:], block.attention.key_value.weight)
+    assert weight_shapes(block) == {name: weight.shape for name, weight in weights.items()}
     before = {name: tensor.clone() for name, tensor in block.state_dict().items()}
     for name, weight in weights.items():
         set_whole_weight(block, name, 3 * weight)

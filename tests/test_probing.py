@@ -11,20 +11,18 @@ from hypothesis import strategies as st
 
 from hf_vit_lowrank import probing
 from hf_vit_lowrank.budget import recipe_ranks
-from hf_vit_lowrank.calibration import calibrate, stream_logits
+from hf_vit_lowrank.calibration import NOWHERE, calibrate, stream_logits
 from hf_vit_lowrank.candidates.block import UnitCosts
 from hf_vit_lowrank.compensation.closed_form import refit_block
-from hf_vit_lowrank.compensation.drift import moved
+from hf_vit_lowrank.compensation.drift import moved, tokens_computed
 from hf_vit_lowrank.compress import build
 from hf_vit_lowrank.embeddings import embedded_by
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.probing import LARGEST_FACTOR, Weighed, curve_factors, probe_sizes
 from hf_vit_lowrank.recipe import CompressionRecipe
-from hf_vit_lowrank.run_folder import RunFolder
 from hf_vit_lowrank.surgery import shrink
 
 RECIPE = CompressionRecipe(reduction=0.9, samples=64, rank_multiple=1, probe=True)
-NOWHERE = RunFolder()
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +71,8 @@ def test_worth_is_what_the_whole_model_loses(calibrated, monkeypatch):
         trial.vit.blocks[layer] = other.vit.blocks[layer]
         streams = [embedded_by(model, dense, calibrated.fitting) for _ in range(2)]
         streams = [moved(one.vit.blocks[0], stream, None) for one, stream in zip((dense, model), streams, strict=True)]
-        last = layer == len(dense.vit.blocks) - 1
         block, moments = trial.vit.blocks[layer], calibrated.statistics[layer]
-        refit_block(dense.vit.blocks[layer], block, moments, *streams, 1 if last else None, 1)
+        refit_block(dense.vit.blocks[layer], block, moments, *streams, tokens_computed(dense.config, layer), 1)
         logits = stream_logits(trial, embedded_by(model, dense, calibrated.fitting)).log_softmax(-1)
         divergences.append(float(((expected - logits) * expected.exp()).sum(-1).mean()))
         sizes = widths[layer]

@@ -50,7 +50,7 @@ def killing(function, calls):
 @pytest.mark.parametrize(
     ("recipe", "place", "name", "calls"),
     [
-        (PROBED, probing._Prober, "_divergence", 8),
+        (PROBED, probing, "mean_divergence", 8),
         (RECIPE, closed_form, "refit_block", 1),
         (RECIPE, gradient, "_train", 2),
         (RECIPE, distill._Progress, "on_step_end", 4),

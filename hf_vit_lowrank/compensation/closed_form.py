@@ -24,7 +24,7 @@ from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageCla
 from ..run_folder import RunFolder
 from ..statistics import BlockStatistics, token_weight
 from ..surgery import keep_units, set_linear
-from .drift import drift, moved
+from .drift import drift, moved, tokens_computed
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,7 @@ def compensate_closed_form(
     drifts = []
     blocks: Any = zip(dense.vit.blocks, small.vit.blocks, statistics, strict=True)
     for layer, (source, block, moments) in enumerate(track(blocks, "Compensating", layers, "blocks")):
-        # Nothing reads the other tokens after the last block.
-        queries = num_read if layer == layers - 1 else None
+        queries = tokens_computed(dense.config, layer)
         stage = f"block-{layer:02}"
         if run.has(stage):
             state, record = run.load(stage)

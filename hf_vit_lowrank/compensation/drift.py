@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import processes
 from ..embeddings import embedded_by
 from ..linalg import RELATIVE_FLOOR
+from ..remote.configuration_lowrank_vit import LowRankViTConfig
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
 
 
@@ -19,16 +20,20 @@ def block_drifts(
     dense: LowRankViTForImageClassification, small: LowRankViTForImageClassification, embeddings: Sequence[Tensor]
 ) -> list[float]:
     """For each block the drift behind it, on batches of the dense model's embeddings (images, tokens, d)."""
-    num_read, layers = dense.config.num_tokens_read, len(dense.vit.blocks)
+    num_read = dense.config.num_tokens_read
     dense_stream, small_stream = list(embeddings), embedded_by(small, dense, embeddings)
     drifts = []
     blocks: Any = zip(dense.vit.blocks, small.vit.blocks, strict=True)
     for layer, (source, block) in enumerate(blocks):
-        # Nothing reads the other tokens after the last block.
-        queries = num_read if layer == layers - 1 else None
+        queries = tokens_computed(dense.config, layer)
         dense_stream, small_stream = moved(source, dense_stream, queries), moved(block, small_stream, queries)
         drifts.append(drift(dense_stream, small_stream, num_read))
     return drifts
+
+
+def tokens_computed(config: LowRankViTConfig, layer: int) -> int | None:
+    """Leading tokens that a block computes, None for all: nothing reads the others after the last block."""
+    return config.num_tokens_read if layer == config.num_hidden_layers - 1 else None
 
 
 @torch.no_grad()

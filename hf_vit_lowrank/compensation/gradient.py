@@ -25,7 +25,7 @@ from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageCla
 from ..run_folder import RunFolder
 from ..statistics import BlockStatistics, token_weight
 from .closed_form import refit_block
-from .drift import moved
+from .drift import moved, tokens_computed
 
 EPOCHS = 4
 LEARNING_RATE = 1e-3
@@ -68,7 +68,7 @@ def compensate_gradient(
     records = []
     blocks: Any = zip(dense.vit.blocks, small.vit.blocks, statistics, strict=True)
     for layer, (source, block, moments) in enumerate(track(blocks, "Training block by block", layers, "blocks")):
-        queries = num_read if layer == layers - 1 else None
+        queries = tokens_computed(dense.config, layer)
         stage = f"block-{layer:02}"
         done = run.has(stage)
         if refit and not done:
@@ -89,12 +89,10 @@ def compensate_gradient(
     return records
 
 
-@torch.no_grad()
 def _moved_in_place(block: LowRankViTBlock, stream: Tensor, queries: int | None, size: int) -> Tensor:
     """The stream (images, tokens, d) behind a block, written over that before it, `size` images at once."""
-    device = next(block.parameters()).device
     for batch in stream.split(size):
-        batch[:, :queries] = block(batch.to(device), queries)[0].cpu()
+        batch[:, :queries] = moved(block, [batch], queries)[0]
     return stream[:, :queries]
 
 

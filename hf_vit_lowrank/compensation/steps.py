@@ -79,7 +79,8 @@ def _shared(calibrated: Calibrated, model: LowRankViTForImageClassification, bat
     return embedded_by(model, calibrated.dense.model, batches)
 
 
-def _parts(batches: Sequence[Tensor], size: int) -> list[Tensor]:
+def parts(batches: Sequence[Tensor], size: int) -> list[Tensor]:
+    """The same images in batches of at most `size`."""
     return [part for batch in batches for part in batch.split(size)]
 
 
@@ -90,7 +91,7 @@ def refit(calibrated: Calibrated, model: LowRankViTForImageClassification, run: 
     def attempt(size: int) -> list[BlockDrift]:
         model.load_state_dict(start)
         return compensate_closed_form(
-            calibrated.dense.model, model, calibrated.statistics, _parts(embeddings, size), run
+            calibrated.dense.model, model, calibrated.statistics, parts(embeddings, size), run
         )
 
     return with_smaller_batches("Compensation", attempt, calibrated.images_at_once)
@@ -119,7 +120,7 @@ def _train_blocks(
         trained.load_state_dict(start)
         return compensate_gradient(
             *(calibrated.dense.model, trained, calibrated.statistics),
-            *(_parts(images, size), _parts(views, size), held_back),
+            *(parts(images, size), parts(views, size), held_back),
             refit=shrunk is not None,
             seed=recipe.seed,
             run=run,

@@ -17,7 +17,14 @@ from ..allocation import ErrorCurve, ImpossibleBudgetError, allocate
 from ..bisection import last_that_fits
 from ..candidates.factored import FactoredCandidate, bias_change, factored_candidate
 from ..evaluation import count_parameters
-from ..linear_statistics import LinearStatistics, query_scale, traced_linears, whole_weights
+from ..linear_statistics import (
+    LinearStatistics,
+    as_stored,
+    linear_of,
+    traced_linears,
+    weight_shapes,
+    whole_weights,
+)
 from ..progress import track
 from ..rank_plan import unreachable
 from ..remote.configuration_lowrank_vit import LowRankViTConfig
@@ -133,9 +140,9 @@ def kfac_svd(inputs: PresetInputs, limit: int) -> LowRankViTForImageClassificati
     names = [(layer, name) for layer, of_block in enumerate(candidates) for name in of_block]
     curves = [_loss_curve(candidates[layer][name], inputs.linear_statistics[layer][name]) for layer, name in names]
     fixed = count_parameters(dense) + sum(
-        added_biases(block, name) - weight.numel()
+        added_biases(block, name) - outputs * inputs
         for block in _blocks(dense)
-        for name, weight in whole_weights(block).items()
+        for name, (outputs, inputs) in weight_shapes(block).items()
     )
     try:
         sizes = allocate(curves, limit - fixed)
@@ -169,8 +176,8 @@ def factored_parameters(dense: LowRankViTForImageClassification, ranks: FactorRa
     """What `dense` has with these ranks."""
     total = count_parameters(dense)
     for block, own in zip(_blocks(dense), ranks, strict=True):
-        weights = whole_weights(block)
-        total += sum(rank * sum(weights[name].shape) - weights[name].numel() for name, rank in own.items())
+        shapes = weight_shapes(block)
+        total += sum(rank * sum(shapes[name]) - math.prod(shapes[name]) for name, rank in own.items())
         total += sum(added_biases(block, name) for name in own)
     return total
 
@@ -179,14 +186,14 @@ def added_biases(block: LowRankViTBlock, name: str) -> int:
     """Biases that a product of two has and the whole weight has not: those of keys and values."""
     if name != "query_key_value":
         return 0
-    query = block.attention.query
-    return len(_whole_bias(block, name)) - (0 if query.bias is None else query.out_features)
+    query, key_value = block.attention.query, block.attention.key_value
+    return key_value.out_features + (query.out_features if query.bias is None else 0)
 
 
 def smallest_factored(dense: LowRankViTForImageClassification) -> int:
     """Parameters with rank 1 wherever that is smaller than the weight."""
     ones = [
-        {name: 1 for name, weight in whole_weights(block).items() if largest_rank(*weight.shape) >= 1}
+        {name: 1 for name, shape in weight_shapes(block).items() if largest_rank(*shape) >= 1}
         for block in _blocks(dense)
     ]
     return factored_parameters(dense, ones)
@@ -216,10 +223,12 @@ def scaled_ranks(
     Raises:
         UserError: rank 1 everywhere has more.
     """
-    shapes = [{name: tuple(weight.shape) for name, weight in whole_weights(block).items()} for block in _blocks(dense)]
     wanted = [
-        {name: (rank_of(layer, name, m * n / (m + n)), largest_rank(m, n)) for name, (m, n) in own.items()}
-        for layer, own in enumerate(shapes)
+        {
+            name: (rank_of(layer, name, m * n / (m + n)), largest_rank(m, n))
+            for name, (m, n) in weight_shapes(block).items()
+        }
+        for layer, block in enumerate(_blocks(dense))
     ]
 
     def at(scale: float) -> FactorRanks:
@@ -291,24 +300,11 @@ def factored_model(
     return small
 
 
-def linear_of(block: LowRankViTBlock, name: str) -> Any:
-    """A block's linear map by name: `reduce` and `expand`, or whole, as queries, keys and values never are in one."""
-    return getattr(block.mlp if name in ("up", "down") else block.attention, name)
-
-
 def set_factors(block: LowRankViTBlock, name: str, factors: tuple[Tensor, Tensor]) -> None:
     """Write B and A of one of `whole_weights`."""
     pair = linear_of(block, name)
-    set_linear(pair.expand, _scaled(block, name, factors[0]))
+    set_linear(pair.expand, as_stored(block, name, factors[0]))
     set_linear(pair.reduce, factors[1])
-
-
-def _scaled(block: LowRankViTBlock, name: str, outputs: Tensor) -> Tensor:
-    """Rows (m, …) that belong to one of `whole_weights` as they are stored, the query's scale being part of it."""
-    if name != "query_key_value":
-        return outputs
-    queries = sum(block.attention.query_key_ranks)
-    return torch.cat((outputs[:queries] * query_scale(block), outputs[queries:]))
 
 
 def _whole_bias(block: LowRankViTBlock, name: str) -> Tensor:
@@ -331,7 +327,7 @@ def fold_means(inputs: PresetInputs, small: LowRankViTForImageClassification) ->
         for name in small.config.factor_ranks[layer]:
             pair, moments = linear_of(block, name), statistics[name].inputs
             factors = pair.expand.weight.cpu().double(), pair.reduce.weight.cpu().double()
-            weight = _scaled(block, name, weights[name]).cpu()
+            weight = as_stored(block, name, weights[name]).cpu()
             change = bias_change(weight, factors, moments.first / moments.count)
             pair.expand.bias += change.to(pair.expand.bias)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..allocation import ErrorCurve, ImpossibleBudgetError, energy_greedy
 from ..candidates.factored import FactoredCandidate
 from ..evaluation import count_parameters
-from ..linear_statistics import LinearStatistics, whole_weights
+from ..linear_statistics import LinearStatistics, weight_shapes, whole_weights
 from ..progress import track
 from ..rank_plan import unreachable
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
@@ -95,7 +95,7 @@ def smallest_paper(dense: LowRankViTForImageClassification) -> int:
     blocks: Any = dense.vit.blocks
     return factored_parameters(
         dense,
-        [{name: 1 + _second_rank(*weight.shape) for name, weight in whole_weights(block).items()} for block in blocks],
+        [{name: 1 + _second_rank(*shape) for name, shape in weight_shapes(block).items()} for block in blocks],
     )
 
 
