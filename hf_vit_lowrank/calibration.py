@@ -150,7 +150,7 @@ def calibrate(
         raise UserError("A memory limit needs a run folder, where the moments are parked.")
     on_cpu = dense.model.device.type == "cpu"
     at_once = min(recipe.batch_size, CPU_IMAGES_AT_ONCE) if on_cpu else recipe.batch_size
-    memory = memory_plan(dense.model.config, recipe.samples, at_once, memory_limit)
+    memory = memory_plan(dense.model.config, recipe, at_once, memory_limit)
     say(f"Memory: about {memory.peak / 1e9:.1f} GB, {memory.passes} passes over the images for the statistics")
     run.require(
         recipe=recipe.to_dict(),

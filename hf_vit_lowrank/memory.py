@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,13 +12,26 @@ from torch import Tensor
 
 from .errors import UserError
 from .rank_plan import num_tokens, plan_cost
+from .recipe import TRAINED, VIEWS, CompressionRecipe
 from .remote.configuration_lowrank_vit import LowRankViTConfig
+from .remote.modeling_lowrank_vit import pair
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 # Python, torch and its libraries, and their buffers.
 _PROGRAM = 10**9
 # Matrices of an MLP's moments that choosing its units, its bypass or its refit has at hand at once: measured.
 _WORKING_MATRICES = 11
+# Tensors of the size of all images' embeddings, beside those. The smaller model's embeddings, both streams, contexts.
+_REFIT_STREAMS = 4
+# Two streams, and those and the contexts behind a refitted probe.
+_PROBE_STREAMS = 5
+# Of images and views: the smaller model's embeddings, inputs, targets, and the dense model's embeddings, whose memory
+# is not given back (300 images of DeiT-tiny: 3.0 GB said, 3.25 measured). On top comes a refit's, but for embeddings.
+_TRAINING_STREAMS = 4
+# Bytes of an image from which views are made, for each of the model's pixels and channels.
+_BYTES_OF_A_PIXEL = 3
+# The smaller model, its gradients, Adam's two averages, and the start that may have to come back.
+_TRAINED_COPIES = 5
 # Of the free memory of a GPU that data may take which could as well come batch by batch.
 _NEAR_SHARE = 0.25
 
@@ -45,20 +59,25 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def memory_plan(config: LowRankViTConfig, images: int, batch_size: int, limit: int | None = None) -> MemoryPlan:
+def memory_plan(
+    config: LowRankViTConfig, recipe: CompressionRecipe, batch_size: int, limit: int | None = None
+) -> MemoryPlan:
     """For a model at full rank. Smaller batches come first, then fewer blocks at once, each group a pass of its own.
+
+    batch_size: images at once for the statistics; training takes as many as the recipe says.
 
     Raises:
         UserError: a single block and a single image take more than `limit` bytes; says how much that is.
     """
     layers, moments = config.num_hidden_layers, _moment_bytes(config)
-    weights, embeddings = 4 * plan_cost(config, "parameters"), 4 * images * num_tokens(config) * config.hidden_size
+    weights, embeddings = 4 * plan_cost(config, "parameters"), recipe.samples * _stream_bytes(config)
     fixed = _PROGRAM + weights + embeddings
     width = config.intermediate_size + config.hidden_size
     # All blocks' moments, and the covariances that bypasses are made from, unless they are parked.
     kept = 0 if limit else layers * (moments + 8 * width**2)
-    # The smaller model, and the streams of both, beside the work on one block; and while loading, both layouts.
-    later = max(fixed + weights + 2 * embeddings + kept + _WORKING_MATRICES * 8 * width**2, _PROGRAM + 2 * weights)
+    working = kept + _WORKING_MATRICES * 8 * width**2
+    # And while loading, both layouts.
+    later = max(fixed + weights + _compensation_bytes(config, recipe, weights) + working, _PROGRAM + 2 * weights)
 
     def peak(batch: int, group: int) -> int:
         return max(fixed + layers * batch * _activation_bytes(config) + group * moments, later)
@@ -71,10 +90,31 @@ def memory_plan(config: LowRankViTConfig, images: int, batch_size: int, limit: i
             group -= 1
         if peak(batch, group) > limit:
             raise UserError(
-                f"{limit / 1e9:.1f} GB do not do for this model and {images} images: allow at least "
+                f"{limit / 1e9:.1f} GB do not do for this model and {recipe.samples} images: allow at least "
                 f"{peak(batch, group) / 1e9:.1f} GB."
             )
     return MemoryPlan(batch, group, -(-layers // group), peak(batch, group), layers * moments)
+
+
+def _compensation_bytes(config: LowRankViTConfig, recipe: CompressionRecipe, weights: int) -> int:
+    """Of the step that takes most, beside both models, the images' embeddings and the work on one block."""
+    stream, activations = _stream_bytes(config), recipe.batch_size * _activation_bytes(config)
+    streams = _PROBE_STREAMS if recipe.probe else _REFIT_STREAMS
+    steps = [recipe.samples * streams * stream]
+    if recipe.compensation in TRAINED:
+        pixels = _BYTES_OF_A_PIXEL * config.num_channels * math.prod(pair(config.image_size))
+        training = _TRAINING_STREAMS * (1 + VIEWS) + _REFIT_STREAMS - 1
+        steps.append(recipe.samples * (pixels + training * stream) + activations)
+        if recipe.compensation == "distill":
+            steps.append(
+                recipe.samples * pixels + (_TRAINED_COPIES - 1) * weights + config.num_hidden_layers * activations
+            )
+    return max(steps)
+
+
+def _stream_bytes(config: LowRankViTConfig) -> int:
+    """The tokens of one image in float32."""
+    return 4 * num_tokens(config) * config.hidden_size
 
 
 def _moment_bytes(config: LowRankViTConfig) -> int:

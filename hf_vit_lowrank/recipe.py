@@ -21,6 +21,8 @@ PRESETS = (
 )
 COMPENSATIONS = ("none", "closed-form", "gradient", "distill")
 TRAINED = ("gradient", "distill")
+# Random views of every calibration image beside the image itself, for training block by block.
+VIEWS = 5
 TARGETS = ("reduction", "max_parameters", "match", "min_agreement")
 _TYPE_NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
 _HUB_ID = re.compile(r"\w[\w-]*(\.[\w-]+)*(/\w[\w-]*(\.[\w-]+)*)?", re.ASCII)

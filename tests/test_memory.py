@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from hf_vit_lowrank.compress import compress
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.images import open_images
 from hf_vit_lowrank.memory import MemoryPlan, memory_plan, parse_bytes
-from hf_vit_lowrank.recipe import CompressionRecipe
+from hf_vit_lowrank.recipe import VIEWS, CompressionRecipe
 from hf_vit_lowrank.remote.configuration_lowrank_vit import LowRankViTConfig
 
 RECIPE = CompressionRecipe(reduction=0.5, samples=64)
@@ -48,10 +49,10 @@ def test_groups_of_blocks_give_the_plan_and_weights_of_all_at_once(digits_model,
 
 
 def test_smaller_batches_and_groups_until_it_fits():
-    free = memory_plan(HUGE, 64, 32)
+    free = memory_plan(HUGE, RECIPE, 32)
     assert (free.batch_size, free.group, free.passes) == (32, 32, 1)
     assert free.peak > 20e9
-    limited = memory_plan(HUGE, 64, 32, 20 * 10**9)
+    limited = memory_plan(HUGE, RECIPE, 32, 20 * 10**9)
     assert limited.peak <= 20e9
     assert 1 <= limited.batch_size < 32
     assert limited.passes == -(-32 // limited.group) > 1
@@ -59,7 +60,29 @@ def test_smaller_batches_and_groups_until_it_fits():
 
 def test_a_limit_that_is_too_low_says_how_much_it_takes():
     with pytest.raises(UserError, match=r"4\.0 GB do not do for this model and 64 images: allow at least \d+\.\d GB"):
-        memory_plan(HUGE, 64, 32, 4 * 10**9)
+        memory_plan(HUGE, RECIPE, 32, 4 * 10**9)
+
+
+@pytest.mark.parametrize(
+    ("options", "streams"),
+    [({"compensation": "gradient"}, 4 * (1 + VIEWS) + 3), ({"probe": True}, 5), ({}, 4)],
+    ids=["gradient", "probe", "closed-form"],
+)
+def test_what_compensation_holds_of_every_image_is_counted(options, streams):
+    few, many = (
+        memory_plan(HUGE, replace(RECIPE, samples=samples, **options), 1).peak for samples in (100_000, 200_000)
+    )
+    stream = 4 * 257 * 1280  # float32, 256 patches and the class token
+    pixels = 3 * 3 * 224**2 if "compensation" in options else 0
+    assert many - few == 100_000 * ((1 + streams) * stream + pixels)
+
+
+def test_training_the_whole_counts_the_activations_of_a_batch():
+    peaks = [
+        memory_plan(HUGE, replace(RECIPE, samples=1, batch_size=size, compensation="distill"), 1).peak
+        for size in (1, 1001)
+    ]
+    assert peaks[1] - peaks[0] > 1000 * 32 * 4 * 257 * 2 * 5120  # of 32 blocks at least the hidden units
 
 
 def test_a_limit_needs_a_run_folder(digits_model, digits_data):

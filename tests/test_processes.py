@@ -22,7 +22,7 @@ from hf_vit_lowrank.images import Share, open_images
 from hf_vit_lowrank.memory import memory_plan
 
 COMMAND = ("compress", "{source}", "--calibration", "{images}", "--samples", "150", "--reduction", "0.6", "--quiet")
-LIMIT = "1013000000"  # bytes
+LIMIT = "1020000000"  # bytes
 # One thread each. Open MPI refuses to be started by root, as containers do, unless it is told twice.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 # Also without a GPU: of `--cpu` accelerate makes one process, unless there is an MPI to start more.
@@ -177,5 +177,5 @@ def test_two_processes_make_what_one_makes_with(options, digits_model, digits_da
 
 
 def test_that_limit_is_one(digits_model):
-    config, batch_size = load_dense(str(digits_model)).model.config, CompressionRecipe(reduction=0.6).batch_size
-    assert memory_plan(config, 150, batch_size, int(LIMIT)).batch_size < batch_size
+    config, recipe = load_dense(str(digits_model)).model.config, CompressionRecipe(reduction=0.6, samples=150)
+    assert memory_plan(config, recipe, recipe.batch_size, int(LIMIT)).batch_size < recipe.batch_size

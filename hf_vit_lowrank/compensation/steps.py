@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..evaluation import class_of_label
 from ..out_of_memory import with_smaller_batches
 from ..progress import track
-from ..recipe import OURS, TRAINED, CompressionRecipe
+from ..recipe import OURS, TRAINED, VIEWS, CompressionRecipe
 from ..remote.modeling_lowrank_vit import LowRankViTForImageClassification
 from ..run_folder import RunFolder
 from .closed_form import BlockDrift, compensate_closed_form
@@ -30,8 +30,6 @@ from .gradient import BlockTraining, compensate_gradient
 
 logger = logging.getLogger(__name__)
 
-# Random views of every calibration image beside the image itself, for training block by block.
-VIEWS = 5
 # Images on which the drift of each block is measured, for the report.
 DRIFT_IMAGES = 64
 
