@@ -30,8 +30,8 @@ _PROBE_STREAMS = 5
 _TRAINING_STREAMS = 4
 # Bytes of an image from which views are made, for each of the model's pixels and channels.
 _BYTES_OF_A_PIXEL = 3
-# The smaller model, its gradients, Adam's two averages, and the start that may have to come back.
-_TRAINED_COPIES = 5
+# Of the smaller model: its gradients, Adam's two averages, and the start that may have to come back.
+_COPIES = 4
 # Of the free memory of a GPU that data may take which could as well come batch by batch.
 _NEAR_SHARE = 0.25
 
@@ -106,9 +106,7 @@ def _compensation_bytes(config: LowRankViTConfig, recipe: CompressionRecipe, wei
         training = _TRAINING_STREAMS * (1 + VIEWS) + _REFIT_STREAMS - 1
         steps.append(recipe.samples * (pixels + training * stream) + activations)
         if recipe.compensation == "distill":
-            steps.append(
-                recipe.samples * pixels + (_TRAINED_COPIES - 1) * weights + config.num_hidden_layers * activations
-            )
+            steps.append(recipe.samples * pixels + _COPIES * weights + config.num_hidden_layers * activations)
     return max(steps)
 
 
