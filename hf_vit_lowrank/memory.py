@@ -67,7 +67,7 @@ def memory_plan(
     batch_size: images at once for the statistics; training takes as many as the recipe says.
 
     Raises:
-        UserError: a single block and a single image take more than `limit` bytes; says how much that is.
+        UserError: a single block and a single image, or the compensation, take more than `limit` bytes; says how much.
     """
     layers, moments = config.num_hidden_layers, _moment_bytes(config)
     weights, embeddings = 4 * plan_cost(config, "parameters"), recipe.samples * _stream_bytes(config)

@@ -96,7 +96,7 @@ class _Prober:
         says; six digits."""
         dense = self.calibrated.dense.model
         fitting = parts(self.calibrated.fitting, images_at_once)
-        streams = [embedded_by(self.model, dense, fitting) for _ in range(2)]
+        streams = [embedded_by(self.model, dense, fitting)] * 2
         probes = -(-IMAGES // (processes.count() * images_at_once))
         expected = stream_logits(dense, fitting[:probes])
         worth, layers = [], len(self.model.vit.blocks)
