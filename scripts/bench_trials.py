@@ -1,7 +1,7 @@
 """Trials of the method, judged on calibration images that nothing is fitted on: what is built in, and what is not.
 
-A trial changes the recipe or constants of the method. Writes trials.json and trials.md into OUTPUT; a finished trial is
-not run again.
+A trial changes the recipe, or constants or functions of the method. Writes trials.json and trials.md into OUTPUT; a
+finished trial is not run again.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Annotated, Any
 from unittest.mock import patch
 
 import datasets
 import torch
 import transformers
+import trial_folds
+import trial_methods
 import typer
+from trial_sizes import learned_plan
 
 from hf_vit_lowrank.budget import recipe_ranks
 from hf_vit_lowrank.calibration import (
@@ -46,10 +49,19 @@ Constant = tuple[str, str, Any]
 WHOLE_EMBEDDINGS: Constant = ("rank_plan", "largest_embedding_ranks", lambda *_: {})
 # Of the trials that want a GPU.
 LONG = {"compensation": "distill", "distill_epochs": 180, "batch_size": 64}
-# Trial: what differs in the recipe, and the constants that differ.
+NO_BYPASS: Constant = ("rank_plan", "BYPASS_ROUNDS", 0)
+MUON: Constant = ("compensation.gradient", "_descend", trial_methods.descend_by_muon)
+MORE_RIDGES: Constant = ("regression", "RIDGES", tuple(10.0 ** (half / 2) for half in range(-12, 9)))
+
+
+def by_direction(power: float) -> list[Constant]:
+    return [MORE_RIDGES, ("regression.NormalEquations", "solve", trial_methods.ridge_by_direction(power))]
+
+
+# Trial: what differs in the recipe, and the constants and functions that differ.
 TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     "closed form": ({}, []),
-    "closed form, no bypass": ({}, [("rank_plan", "BYPASS_ROUNDS", 0)]),
+    "closed form, no bypass": ({}, [NO_BYPASS]),
     "closed form, query-key x2": ({"query_key_weight": 2.0}, []),
     "closed form, query-key x8": ({"query_key_weight": 8.0}, []),
     "closed form, value-output x1": ({}, [("candidates.block", "VALUE_OUTPUT_WEIGHT", 1.0)]),
@@ -60,6 +72,17 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     "closed form, ridge 1e-5": ({}, [("regression", "RIDGES", (1e-5,)), ("regression", "START", 0)]),
     "closed form, units removed with ridge 0.1": ({}, [("candidates.mlp_width", "RIDGE", 0.1)]),
     "closed form, sizes probed": ({"probe": True}, []),
+    "closed form, fitted on 2 views as well": ({}, [("compensation.steps", "refit", trial_methods.refit_on_views(2))]),
+    "closed form, fitted on 5 views as well": ({}, [("compensation.steps", "refit", trial_methods.refit_on_views(5))]),
+    "closed form, ten folds": (
+        {},
+        [
+            ("compensation.closed_form", "_refit_attention", trial_folds.refit_attention),
+            ("compensation.closed_form", "_refit_mlp", trial_folds.refit_mlp),
+        ],
+    ),
+    "closed form, ridges by variance^0.5": ({}, by_direction(0.5)),
+    "closed form, ridges by variance": ({}, by_direction(1.0)),
     "gradient": ({"compensation": "gradient"}, []),
     "gradient, sizes probed": ({"compensation": "gradient", "probe": True}, []),
     "gradient, no random views": ({"compensation": "gradient"}, [("compensation.steps", "VIEWS", 0)]),
@@ -75,6 +98,19 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
         [("compensation.steps", "VIEWS", 11), ("compensation.gradient", "EPOCHS", 2)],
     ),
     "gradient, crops from 15 %": ({"compensation": "gradient"}, [("augmentation", "CROP_AREA", (0.15, 1.0))]),
+    "gradient, Muon": ({"compensation": "gradient"}, [MUON]),
+    "gradient, Muon, crops from 60 %": (
+        {"compensation": "gradient"},
+        [MUON, ("augmentation", "CROP_AREA", (0.6, 1.0))],
+    ),
+    "gradient, mixed views": (
+        {"compensation": "gradient"},
+        [("augmentation.RandomViews", "batch", trial_methods.mixed_views)],
+    ),
+    "gradient, map before the classifier": (
+        {"compensation": "gradient"},
+        [("compress", "compensate", trial_methods.map_before_classifier(0.3))],
+    ),
     "gradient, rate 5e-4": ({"compensation": "gradient"}, [("compensation.gradient", "LEARNING_RATE", 5e-4)]),
     "distill, 2 passes": ({"compensation": "distill", "distill_epochs": 2}, []),
     "distill, 2 passes, rate 3e-5, stream weighed 0.5": (
@@ -88,6 +124,11 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     "distill, 2 passes, rate 3e-5, stream weighed 0.5, random views only": (
         {"compensation": "distill", "distill_epochs": 2, "distill_lr": 3e-5},
         [("compensation.distill", "STREAM_WEIGHT", 0.5), ("compensation.distill", "PLAIN", 0.0)],
+    ),
+    "distill, 4 passes": ({"compensation": "distill", "distill_epochs": 4}, []),
+    "distill, 4 passes, Muon": (
+        {"compensation": "distill", "distill_epochs": 4},
+        [("compensation.distill._Distiller", "create_optimizer", trial_methods.distilled_by_muon)],
     ),
     "distill, 15 passes": ({"compensation": "distill", "distill_epochs": 15}, []),
     "distill, 15 passes, rate 3e-5, stream weighed 0.5": (
@@ -106,7 +147,9 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     ),
 }
 TWO_STEPS = "closed form, in two steps"
-ALL = [*TRIALS, TWO_STEPS]
+# How far to go from the built-in sizes to learned ones.
+LEARNED = {"closed form, sizes learned": 1.0, "closed form, half way to learned sizes": 0.5}
+ALL = [*TRIALS, TWO_STEPS, *LEARNED]
 
 
 def main(
@@ -150,6 +193,10 @@ def _made(calibrated: Calibrated, recipe: CompressionRecipe, name: str) -> tuple
     """The model of a trial and, where it was distilled, the curve."""
     if name == TWO_STEPS:
         return _in_two_steps(calibrated, recipe), None
+    if name in LEARNED:
+        plan = learned_plan(calibrated, recipe, LEARNED[name])
+        with _changed([NO_BYPASS, ("compress", "recipe_ranks", lambda *_: plan)]):
+            return build(calibrated, recipe).model, None
     fields, constants = TRIALS[name]
     with _changed(constants):
         result = build(calibrated, replace(recipe, **fields))
@@ -176,10 +223,10 @@ def _in_two_steps(calibrated: Calibrated, recipe: CompressionRecipe) -> LowRankV
 
 @contextmanager
 def _changed(constants: list[Constant]) -> Iterator[None]:
-    """Constants of the package with other values."""
+    """Constants and functions of the package, replaced."""
     with ExitStack() as stack:
-        for module, name, value in constants:
-            stack.enter_context(patch.object(import_module(f"hf_vit_lowrank.{module}"), name, value))
+        for owner, name, value in constants:
+            stack.enter_context(patch.object(resolve_name(f"hf_vit_lowrank.{owner}"), name, value))
         yield
 
 

@@ -1,0 +1,130 @@
+"""A trial of `bench_trials.py`: the stream of each tenth of the images is moved by refits on the other nine.
+
+So the later blocks are fitted on errors such as other images would have, not on those of images learnt by heart.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_vit_lowrank.candidates.block import output_metric
+from hf_vit_lowrank.candidates.mlp_width import mlp_width_candidate
+from hf_vit_lowrank.regression import Regression, _Weighted
+from hf_vit_lowrank.statistics import Moments, token_weight
+from hf_vit_lowrank.surgery import keep_units, set_linear
+
+FOLDS = 10
+
+
+class _Folds:
+    """A regression for every fold, of batches dealt out in turn. The first of all results is that of all images."""
+
+    def __init__(self, inputs: int, targets: int, other_weight: float, watched: int = 0):
+        self.folds = [Regression(inputs, targets, other_weight, watched) for _ in range(FOLDS)]
+
+    def add(self, index: int, inputs: Tensor, targets: Tensor, num_read: int) -> None:
+        self.folds[index % FOLDS].add(inputs, targets, num_read)
+
+    def solve(self, prior: Tensor, metric: Tensor) -> tuple[list[tuple[Tensor, Tensor]], list[Moments]]:
+        """Weight and bias of all images and of all but each fold, with the ridge that halves of all ask for; and the
+        moments of the inputs that each was fitted on."""
+        everything = Regression(self.folds[0].size, len(prior), 1.0)
+        halves = [reduce(_Weighted.plus, (fold.halves[half].weighted() for fold in self.folds)) for half in range(2)]
+        everything.halves = [_Summed(half) for half in halves]
+        weight, bias = everything.solve(prior, metric)
+        prior, total = prior.double(), everything._all()
+        ridge = everything._ridge(prior, metric)
+        results, seen = [(weight, bias)], [total.inputs]
+        for fold in self.folds:
+            rest = _without(total, fold._all())
+            inputs = rest.inputs.part(slice(len(rest.cross)))
+            weight = prior + rest.equations(prior).solve(ridge)
+            results.append((weight, (rest.target - weight @ inputs.first) / inputs.count))
+            seen.append(rest.inputs)
+        return results, seen
+
+
+class _Summed:
+    """Stands in for the sums of a half of the images that were added up elsewhere."""
+
+    def __init__(self, sums: _Weighted):
+        self.sums, self.groups = sums, _Counted(sums)
+
+    def weighted(self) -> _Weighted:
+        return self.sums
+
+
+class _Counted:
+    def __init__(self, sums: _Weighted):
+        self.read = sums.inputs
+
+
+def _without(sums: _Weighted, part: _Weighted) -> _Weighted:
+    return _Weighted(sums.inputs.plus(part.inputs, -1.0), sums.target - part.target, sums.cross - part.cross)
+
+
+def refit_attention(
+    source: Any,
+    block: Any,
+    statistics: Any,
+    dense_stream: list[Tensor],
+    small_stream: list[Tensor],
+    queries: int | None,
+    num_read: int,
+) -> None:
+    """In place of `closed_form._refit_attention`."""
+    output, weight = block.attention.output, token_weight(statistics.attention_gradient)
+    fit, contexts = _Folds(output.in_features, output.out_features, weight), []
+    for index, (dense_batch, small_batch) in enumerate(zip(dense_stream, small_stream, strict=True)):
+        update, _ = source.attention(source.attention_norm(dense_batch), queries)
+        dense_stream[index], small_stream[index] = dense_batch[:, :queries] + update, small_batch[:, :queries]
+        context, _ = block.attention.context(block.attention_norm(small_batch), queries)
+        fit.add(index, context, dense_stream[index] - small_stream[index], num_read)
+        contexts.append(context)
+    results, _ = fit.solve(output.weight, output_metric(statistics.attention_gradient, weight))
+    outputs = [output, *(copy.deepcopy(output) for _ in range(FOLDS))]
+    for own, result in zip(outputs, results, strict=True):
+        set_linear(own, *result)
+    for index, context in enumerate(contexts):
+        small_stream[index] = small_stream[index] + outputs[1 + index % FOLDS](context)
+
+
+def refit_mlp(
+    source: Any,
+    block: Any,
+    statistics: Any,
+    dense_stream: list[Tensor],
+    small_stream: list[Tensor],
+    num_read: int,
+) -> None:
+    """In place of `closed_form._refit_mlp`; the units are those that all images choose."""
+    down, mlp, weight = block.mlp.down, source.mlp, token_weight(statistics.mlp_gradient)
+    fit = _Folds(mlp.down.in_features, down.out_features, weight, watched=down.out_features)
+    for index, (dense_batch, small_batch) in enumerate(zip(dense_stream, small_stream, strict=True)):
+        dense_stream[index] = dense_batch + mlp(source.mlp_norm(dense_batch))
+        normed = block.mlp_norm(small_batch)
+        hidden = mlp.activation(mlp.up(normed))
+        fit.add(index, torch.cat((hidden, normed), -1), dense_stream[index] - small_batch, num_read)
+    metric = output_metric(statistics.mlp_gradient, weight)
+    results, seen = fit.solve(mlp.down.weight, metric)
+    covariance = seen[0].part(slice(mlp.down.in_features)).covariance()
+    kept = mlp_width_candidate(results[0][0], covariance, metric).kept(down.in_features)
+    blocks = [block, *(copy.deepcopy(block) for _ in range(FOLDS))]
+    for own, result, moments in zip(blocks, results, seen, strict=True):
+        if down.in_features == mlp.down.in_features:
+            set_linear(own.mlp.down, *result)
+        else:
+            keep_units(own, source, kept, *result, moments, metric)
+    _move(blocks[1:], small_stream)
+
+
+def _move(blocks: Sequence[Any], stream: list[Tensor]) -> None:
+    for index, batch in enumerate(stream):
+        own = blocks[index % FOLDS]
+        stream[index] = batch + own.mlp(own.mlp_norm(batch))
