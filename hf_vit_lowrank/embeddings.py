@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,21 @@ from .remote.modeling_lowrank_vit import LowRankViTEmbeddings, LowRankViTForImag
 def embedded_by(
     small: LowRankViTForImageClassification, dense: LowRankViTForImageClassification, batches: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Embeddings of the same images by `small`, from batches of those by `dense`: (images, tokens, d) both.
+    """Embeddings of the same images by `small`, from batches of those by `dense`: (images, tokens, d) both."""
+    change = embedding_change(small, dense)
+    return [change(batch) for batch in batches]
+
+
+@torch.no_grad()
+def embedding_change(
+    small: LowRankViTForImageClassification, dense: LowRankViTForImageClassification
+) -> Callable[[Tensor], Tensor]:
+    """The map from embeddings by `dense` to those by `small` of the same images: (images, tokens, d) both.
 
     The rows of the smaller projection W' are sums of those of the dense W, so W' x = W' W⁺ (W x).
     """
     if not small.config.embedding_ranks:
-        return list(batches)
+        return lambda batch: batch
     ours, theirs = small.vit.embeddings, dense.vit.embeddings
     our_weight, our_bias = whole_projection(ours)
     weight, bias = whole_projection(theirs)
@@ -32,7 +41,7 @@ def embedded_by(
     shift = our_tokens - their_tokens
     shift[prefix:] = our_tokens[prefix:] + our_bias - (their_tokens[prefix:] + bias) @ change.mT
     change, shift = change.float(), shift.float()
-    return [torch.cat((batch[:, :prefix], batch[:, prefix:] @ change.mT), 1) + shift for batch in batches]
+    return lambda batch: torch.cat((batch[:, :prefix], batch[:, prefix:] @ change.mT), 1) + shift
 
 
 def whole_projection(embeddings: LowRankViTEmbeddings) -> tuple[Tensor, Tensor]:

@@ -25,9 +25,8 @@ _WORKING_MATRICES = 11
 _REFIT_STREAMS = 4
 # Two streams, and those and the contexts behind a refitted probe.
 _PROBE_STREAMS = 5
-# Of images and views: the smaller model's embeddings, inputs, targets, and the dense model's embeddings, whose memory
-# is not given back (300 images of DeiT-tiny: 3.0 GB said, 3.25 measured). On top comes a refit's, but for embeddings.
-_TRAINING_STREAMS = 4
+# Of images and views: inputs and targets. On top comes a refit's, but for embeddings.
+_TRAINING_STREAMS = 2
 # Bytes of an image from which views are made, for each of the model's pixels and channels.
 _BYTES_OF_A_PIXEL = 3
 # Of the smaller model: its gradients, Adam's two averages, and the start that may have to come back.

@@ -65,7 +65,7 @@ def test_a_limit_that_is_too_low_says_how_much_it_takes():
 
 @pytest.mark.parametrize(
     ("options", "streams"),
-    [({"compensation": "gradient"}, 4 * (1 + VIEWS) + 3), ({"probe": True}, 5), ({}, 4)],
+    [({"compensation": "gradient"}, 2 * (1 + VIEWS) + 3), ({"probe": True}, 5), ({}, 4)],
     ids=["gradient", "probe", "closed-form"],
 )
 def test_what_compensation_holds_of_every_image_is_counted(options, streams):

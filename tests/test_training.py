@@ -94,7 +94,9 @@ def test_a_block_that_training_makes_worse_stays_as_it_was(calibrated, monkeypat
     model = build(calibrated, replace(RECIPE, compensation="none")).model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     records = compensate_gradient(
-        *(calibrated.dense.model, model, calibrated.statistics, calibrated.fitting, [], calibrated.held_back),
+        *(calibrated.dense.model, model, calibrated.statistics, torch.cat(calibrated.fitting), calibrated.held_back),
+        images=sum(map(len, calibrated.fitting)),
+        size=RECIPE.batch_size,
         refit=False,
         seed=0,
         run=RunFolder(),
@@ -120,12 +122,15 @@ def test_a_trained_model_cannot_be_nearer_by_confidence_alone(calibrated, traine
 def test_views_are_trained_on_but_not_refitted_on(calibrated, monkeypatch):
     """Two views of one image in the two halves of the images would make its noise look like knowledge."""
     monkeypatch.setattr("hf_vit_lowrank.compensation.gradient.LEARNING_RATE", 0.0)
-    noise = [torch.randn_like(batch) for batch in calibrated.fitting]
+    images = torch.cat(calibrated.fitting)
     states = []
-    for views in ([], noise):
+    for views in (images[:0], torch.randn_like(images)):
         model = build(calibrated, replace(RECIPE, compensation="none")).model
+        inputs = torch.cat((images, views))
         compensate_gradient(
-            *(calibrated.dense.model, model, calibrated.statistics, calibrated.fitting, views, calibrated.held_back),
+            *(calibrated.dense.model, model, calibrated.statistics, inputs, calibrated.held_back),
+            images=len(images),
+            size=RECIPE.batch_size,
             refit=True,
             seed=0,
             run=RunFolder(),

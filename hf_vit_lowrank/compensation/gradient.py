@@ -46,24 +46,25 @@ def compensate_gradient(
     dense: LowRankViTForImageClassification,
     small: LowRankViTForImageClassification,
     statistics: Sequence[BlockStatistics],
-    images: Sequence[Tensor],
-    views: Sequence[Tensor],
+    inputs: Tensor,
     held_back: Sequence[Tensor],
     *,
+    images: int,
+    size: int,
     refit: bool,
     seed: int,
     run: RunFolder,
 ) -> list[BlockTraining]:
-    """Train `small` in place on this process's batches of embeddings (images, tokens, d), and on those of random views.
+    """Train `small` in place on this process's embeddings (images, tokens, d), of images and of random views of them.
 
+    inputs: moved through the blocks in place; with a second stream as large, all that is held of the views.
+    images: how many of `inputs`, from the first on, are of images as they are. size: of a batch.
     refit: fit each block in closed form first, on the stream that the trained blocks before it produce; on the images
         alone, since two views of one in the two halves of the images would make its noise look like knowledge.
-    run: where finished blocks are kept. Holds two streams in memory beside the embeddings, each of the size of `images`
-    and `views`, and moves them in place.
+    run: where finished blocks are kept.
     """
     num_read, layers = dense.config.num_tokens_read, len(dense.vit.blocks)
-    size, fitted_on = len(images[0]), sum(map(len, images))
-    targets, inputs = torch.cat([*images, *views]), torch.cat([*images, *views])
+    targets = inputs.clone()
     held_targets, held_inputs = list(held_back), list(held_back)
     records = []
     blocks: Any = zip(dense.vit.blocks, small.vit.blocks, statistics, strict=True)
@@ -72,7 +73,7 @@ def compensate_gradient(
         stage = f"block-{layer:02}"
         done = run.has(stage)
         if refit and not done:
-            dense_stream, small_stream = (list(stream[:fitted_on].split(size)) for stream in (targets, inputs))
+            dense_stream, small_stream = (list(stream[:images].split(size)) for stream in (targets, inputs))
             refit_block(source, block, moments, dense_stream, small_stream, queries, num_read)
         targets, held_targets = _moved_in_place(source, targets, queries, size), moved(source, held_targets, queries)
         if done:

@@ -7,6 +7,7 @@ import logging
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from .. import processes
 from ..calibration import Calibrated, held_back_confidence, held_back_divergence, timed
-from ..embeddings import embedded_by
+from ..embeddings import embedded_by, embedding_change
 from ..errors import UserError
 from ..evaluation import class_of_label
 from ..out_of_memory import with_smaller_batches
@@ -110,15 +111,15 @@ def _train_blocks(
     trained = copy.deepcopy(model) if shrunk is None else shrunk
     start = copy.deepcopy(trained.state_dict())
 
-    images = _shared(calibrated, trained, calibrated.fitting)
-    views = _shared(calibrated, trained, _view_embeddings(calibrated, recipe))
     held_back = _shared(calibrated, trained, calibrated.held_back)
 
     def train(size: int) -> list[BlockTraining]:
         trained.load_state_dict(start)
         return compensate_gradient(
             *(calibrated.dense.model, trained, calibrated.statistics),
-            *(parts(images, size), parts(views, size), held_back),
+            *(_training_embeddings(calibrated, trained, recipe), held_back),
+            images=sum(map(len, calibrated.fitting)),
+            size=min(size, len(calibrated.fitting[0])),
             refit=shrunk is not None,
             seed=recipe.seed,
             run=run,
@@ -152,16 +153,25 @@ def _match_confidence(calibrated: Calibrated, model: LowRankViTForImageClassific
 
 
 @torch.no_grad()
-def _view_embeddings(calibrated: Calibrated, recipe: CompressionRecipe) -> list[Tensor]:
-    """VIEWS random views of every image that may be fitted on, embedded."""
-    embed = calibrated.dense.model.vit.embeddings
+def _training_embeddings(
+    calibrated: Calibrated, model: LowRankViTForImageClassification, recipe: CompressionRecipe
+) -> Tensor:
+    """Embeddings by `model` of this process's images that may be fitted on, then of VIEWS random views of all such
+    images: one tensor (images, tokens, d), filled batch by batch, since it is by far the largest of the run."""
+    embed, change = calibrated.dense.model.vit.embeddings, embedding_change(model, calibrated.dense.model)
     fitting = int(processes.total(sum(map(len, calibrated.fitting))))
-    images = processes.share(torch.arange(fitting).repeat(VIEWS).split(recipe.batch_size))
+    views = processes.share(torch.arange(fitting).repeat(VIEWS).split(recipe.batch_size))
     generator = torch.Generator().manual_seed(recipe.seed + processes.index())
-    return [
+    embedded = (
         embed(calibrated.views.batch(chosen.tolist(), generator)).cpu()
-        for chosen in track(images, "Views", sum(map(len, images)), size=len)
-    ]
+        for chosen in track(views, "Views", sum(map(len, views)), size=len)
+    )
+    images, place = sum(map(len, [*calibrated.fitting, *views])), 0
+    embeddings = torch.empty(images, *calibrated.fitting[0].shape[1:])
+    for batch in chain(calibrated.fitting, embedded):
+        embeddings[place : place + len(batch)] = change(batch)
+        place += len(batch)
+    return embeddings
 
 
 def _distill(
