@@ -25,7 +25,8 @@ _WORKING_MATRICES = 11
 _REFIT_STREAMS = 4
 # Two streams, and those and the contexts behind a refitted probe.
 _PROBE_STREAMS = 5
-# Of images and views: inputs and targets. On top comes a refit's, but for embeddings.
+# Of images and views: inputs and targets (200 images of DeiT-tiny: 2.1 GB said, 2.5 measured). On top comes a refit's,
+# but for embeddings.
 _TRAINING_STREAMS = 2
 # Bytes of an image from which views are made, for each of the model's pixels and channels.
 _BYTES_OF_A_PIXEL = 3

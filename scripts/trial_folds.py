@@ -6,8 +6,8 @@ So the later blocks are fitted on errors such as other images would have, not on
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from functools import reduce
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,7 +36,7 @@ class _Folds:
         moments of the inputs that each was fitted on."""
         everything = Regression(self.folds[0].size, len(prior), 1.0)
         halves = [reduce(_Weighted.plus, (fold.halves[half].weighted() for fold in self.folds)) for half in range(2)]
-        everything.halves = [_Summed(half) for half in halves]
+        everything.halves = [_sums_that_are(half) for half in halves]
         weight, bias = everything.solve(prior, metric)
         prior, total = prior.double(), everything._all()
         ridge = everything._ridge(prior, metric)
@@ -50,19 +50,9 @@ class _Folds:
         return results, seen
 
 
-class _Summed:
-    """Stands in for the sums of a half of the images that were added up elsewhere."""
-
-    def __init__(self, sums: _Weighted):
-        self.sums, self.groups = sums, _Counted(sums)
-
-    def weighted(self) -> _Weighted:
-        return self.sums
-
-
-class _Counted:
-    def __init__(self, sums: _Weighted):
-        self.read = sums.inputs
+def _sums_that_are(sums: _Weighted) -> Any:
+    """Stands in for the sums of a half of the images."""
+    return SimpleNamespace(weighted=lambda: sums, groups=SimpleNamespace(read=sums.inputs))
 
 
 def _without(sums: _Weighted, part: _Weighted) -> _Weighted:
@@ -121,10 +111,6 @@ def refit_mlp(
             set_linear(own.mlp.down, *result)
         else:
             keep_units(own, source, kept, *result, moments, metric)
-    _move(blocks[1:], small_stream)
-
-
-def _move(blocks: Sequence[Any], stream: list[Tensor]) -> None:
-    for index, batch in enumerate(stream):
-        own = blocks[index % FOLDS]
-        stream[index] = batch + own.mlp(own.mlp_norm(batch))
+    for index, batch in enumerate(small_stream):
+        own = blocks[1 + index % FOLDS]
+        small_stream[index] = batch + own.mlp(own.mlp_norm(batch))
