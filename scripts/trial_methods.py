@@ -109,7 +109,7 @@ def refit_on_views(count: int) -> Callable[..., list[BlockDrift]]:
     return refit
 
 
-def map_before_classifier(ridge: float) -> Callable[..., None]:
+def map_before_classifier(ridge: float) -> Callable[..., dict[str, Any]]:
     """In place of `compensate`, after which a linear map from what the classifier reads to what the dense one reads is
     fitted on the images and multiplied into the classifier's weight."""
 

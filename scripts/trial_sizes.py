@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from hf_vit_lowrank.budget import recipe_ranks
-from hf_vit_lowrank.calibration import Calibrated
+from hf_vit_lowrank.calibration import Calibrated, stream_logits
 from hf_vit_lowrank.embeddings import embedded_by
 from hf_vit_lowrank.rank_plan import RankPlan, model_costs
 from hf_vit_lowrank.recipe import CompressionRecipe
@@ -101,9 +101,7 @@ def _descended(calibrated: Calibrated, plan: RankPlan, budget: _Budget) -> Tenso
     dense = calibrated.dense.model
     small = shrink(dense, list(calibrated.candidates), calibrated.embedding, calibrated.statistics, plan)
     images, embeddings = torch.cat(calibrated.fitting), torch.cat(embedded_by(small, dense, calibrated.fitting))
-    path = _Path(calibrated)
-    with torch.no_grad():
-        expected = torch.cat([path.dense_logits(batch) for batch in images.split(IMAGES)]).log_softmax(-1)
+    path, expected = _Path(calibrated), stream_logits(dense, images.split(IMAGES)).float().log_softmax(-1)
     logs = budget.sizes.log().requires_grad_(True)
     optimizer, generator = torch.optim.Adam([logs], RATE, betas=(0.9, 0.98)), torch.Generator().manual_seed(0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
@@ -132,11 +130,6 @@ class _Path:
         self.dense = calibrated.dense.model
         blocks: Any = zip(self.dense.vit.blocks, calibrated.candidates, calibrated.statistics, strict=True)
         self.pieces = [_pieces(*block) for block in blocks]
-
-    def dense_logits(self, stream: Tensor) -> Tensor:
-        for block in self.dense.vit.blocks:
-            stream, _ = block(stream)
-        return self.dense.classify(self.dense.vit.norm(stream))[0]
 
     def logits(self, stream: Tensor, sizes: Tensor) -> Tensor:
         for block, pieces, own in zip(self.dense.vit.blocks, self.pieces, sizes, strict=True):
