@@ -114,12 +114,12 @@ class LinearTrace:
 def traced_linears(block: LowRankViTBlock, stream: Tensor) -> LinearTrace:
     """Run a block at full rank on a stream (images, tokens, d)."""
     attention, mlp = block.attention, block.mlp
-    ranks, value_ranks = attention.query_key_ranks, attention.value_output_ranks
+    num_heads = len(attention.query_key_ranks)
     normed = block.attention_norm(stream)
     query_key_value = torch.cat((attention.query(normed) / query_scale(block), attention.key_value(normed)), dim=-1)
-    query, key, value = query_key_value.split([sum(ranks), sum(ranks), sum(value_ranks)], dim=-1)
-    scores = query_scale(block) * split_heads(query, ranks, ranks[0]) @ split_heads(key, ranks, ranks[0]).mT
-    context = merge_heads(scores.softmax(-1) @ split_heads(value, value_ranks, value_ranks[0]), value_ranks)
+    query, key, value = split_heads(query_key_value, 3 * num_heads).chunk(3, dim=1)
+    scores = query_scale(block) * query @ key.mT
+    context = merge_heads(scores.softmax(-1) @ value)
     output = attention.output(context)
     mlp_normed = block.mlp_norm(stream + output)
     up = mlp.up(mlp_normed)

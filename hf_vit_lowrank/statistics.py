@@ -312,14 +312,12 @@ def _require_finite(values: Tensor, what: str, layer: int) -> None:
 
 
 def _traced_block(block: LowRankViTBlock, stream: Tensor) -> _Trace:
-    attention, size = block.attention, block.attention.query_key_ranks[0]
-    ranks = attention.query_key_ranks
+    attention, num_heads = block.attention, len(block.attention.query_key_ranks)
     normed = block.attention_norm(stream)
-    keys, values = attention.key_value(normed).split([sum(ranks), sum(attention.value_output_ranks)], dim=-1)
-    query, key = split_heads(attention.query(normed), ranks, size), split_heads(keys, ranks, size)
-    value = split_heads(values, attention.value_output_ranks, attention.value_output_ranks[0])
+    query = split_heads(attention.query(normed), num_heads)
+    key, value = split_heads(attention.key_value(normed), 2 * num_heads).chunk(2, dim=1)
     scores = query @ key.transpose(-1, -2)
-    context = merge_heads(scores.softmax(-1) @ value, attention.value_output_ranks)
+    context = merge_heads(scores.softmax(-1) @ value)
     after_attention = stream + attention.output(context)
     mlp_input = block.mlp_norm(after_attention)
     hidden = block.mlp.activation(block.mlp.up(mlp_input))

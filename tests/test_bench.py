@@ -298,6 +298,14 @@ def test_latency_of_random_weights_is_measured(tmp_path):
     assert "| cpu float32 sdpa | 1 |" in (tmp_path / "latency.md").read_text()
 
 
+def test_a_gpu_is_asked_for_no_more_calls_than_by_the_dense_model(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    runpy.run_path(str(SCRIPTS / "bench_calls.py"))["main"](tmp_path, rounds=1)
+    record = json.loads((tmp_path / "calls.json").read_text())
+    assert 0 < record["calls"]["compressed"] <= record["calls"]["dense"]
+    assert record["ratio"] == record["milliseconds"]["compressed"] / record["milliseconds"]["dense"] > 0
+
+
 def test_help_of_imagenet_needs_nothing():
     shown = subprocess.run(
         ["bash", SCRIPTS / "imagenet.sh", "--help"], env={"PATH": os.environ["PATH"]}, capture_output=True, text=True

@@ -353,6 +353,15 @@ def test_invalid_plans_are_refused(fields, message):
         ragged_config(**fields)
 
 
+@torch.no_grad()
+def test_what_fills_heads_up_is_made_again_on_loading(image_processor, tmp_path: Path):
+    model, pixels = make_model(ragged_config()), make_pixels(ragged_config())
+    save_checkpoint(model, image_processor, tmp_path / "out", record={}, card="")
+    loaded = LowRankViTForImageClassification.from_pretrained(tmp_path / "out")
+    with patch.object(LowRankViTAttention, "_is_fused", return_value=True):  # as on a GPU
+        torch.testing.assert_close(loaded(pixels).logits, model(pixels).logits, atol=0, rtol=0)
+
+
 def test_an_accelerator_gets_what_its_fused_kernels_want(monkeypatch):
     """One head size for all, a multiple of 8, rows without gaps, no mask: flash attention asks for these on CUDA."""
     calls, attention = [], torch.nn.functional.scaled_dot_product_attention

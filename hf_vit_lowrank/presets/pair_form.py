@@ -106,10 +106,9 @@ def _trace(block: LowRankViTBlock, stream: Tensor) -> BlockTrace:
 
 def project(attention: LowRankViTAttention, normed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values (images, heads, tokens, e) of an attention at full rank."""
-    ranks, size = attention.query_key_ranks, attention.query_key_ranks[0]
-    key, value = attention.key_value(normed).chunk(2, dim=-1)
-    query = attention.query(normed)
-    return split_heads(query, ranks, size), split_heads(key, ranks, size), split_heads(value, ranks, size)
+    num_heads = len(attention.query_key_ranks)
+    key, value = split_heads(attention.key_value(normed), 2 * num_heads).chunk(2, dim=1)
+    return split_heads(attention.query(normed), num_heads), key, value
 
 
 def best(scores: Tensor, size: int) -> Tensor:

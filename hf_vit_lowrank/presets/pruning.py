@@ -131,7 +131,7 @@ def gated_block(
     query, key, value = project(block.attention, block.attention_norm(stream))
     scores = (query * query_key.unsqueeze(2)) @ key.transpose(-1, -2)
     context = scores.softmax(-1) @ value * value_output.unsqueeze(2)
-    stream = stream + block.attention.output(merge_heads(context, block.attention.value_output_ranks))
+    stream = stream + block.attention.output(merge_heads(context))
     hidden = block.mlp.activation(block.mlp.up(block.mlp_norm(stream)))
     return stream + block.mlp.down(hidden * width.unsqueeze(1))
 

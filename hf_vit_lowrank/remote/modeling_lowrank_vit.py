@@ -97,24 +97,14 @@ class LowRankViTEmbeddings(nn.Module):
         return self.dropout(tokens + self.positions(height, width))
 
 
-def split_heads(states: torch.Tensor, ranks: list[int], size: int) -> torch.Tensor:
-    """(batch, tokens, sum of ranks) to (batch, heads, tokens, size), shorter heads filled up with zeros."""
-    if any(rank != size for rank in ranks):
-        # One concatenation for all heads: on a GPU every call costs more than what it does.
-        gaps = [size - rank for rank in ranks]
-        zeros = states.new_zeros(1).expand(*states.shape[:-1], sum(gaps)).split(gaps, dim=-1)
-        heads = states.split(ranks, dim=-1)
-        states = torch.cat([part for filled in zip(heads, zeros, strict=True) for part in filled], dim=-1)
-    return states.unflatten(-1, (len(ranks), size)).transpose(1, 2)
+def split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """(batch, tokens, heads * size) to (batch, heads, tokens, size)."""
+    return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
-def merge_heads(context: torch.Tensor, ranks: list[int]) -> torch.Tensor:
-    """The way back: (batch, heads, tokens, size) to (batch, tokens, sum of ranks)."""
-    size, states = context.shape[-1], context.transpose(1, 2).flatten(2)
-    if all(rank == size for rank in ranks):
-        return states
-    parts = states.split([width for rank in ranks for width in (rank, size - rank)], dim=-1)
-    return torch.cat(parts[::2], dim=-1)
+def merge_heads(context: torch.Tensor) -> torch.Tensor:
+    """The way back: (batch, heads, tokens, size) to (batch, tokens, heads * size)."""
+    return context.transpose(1, 2).flatten(2)
 
 
 def make_linear(inputs: int, outputs: int, rank: int | None, bias: bool = True) -> Any:
@@ -133,6 +123,11 @@ class LowRankViTAttention(nn.Module):
     As a product of two, the weights of queries, keys and values are one, which has a bias for all three.
     """
 
+    query_columns: torch.Tensor
+    query_mask: torch.Tensor
+    key_value_columns: torch.Tensor
+    context_columns: torch.Tensor
+
     def __init__(self, config: LowRankViTConfig, layer: int):
         super().__init__()
         self.config = config
@@ -149,6 +144,33 @@ class LowRankViTAttention(nn.Module):
             self.query = nn.Linear(hidden_size, scores_size, bias=config.qkv_bias)
             self.key_value = nn.Linear(hidden_size, scores_size + context_size, bias=False)
         self.output = make_linear(context_size, hidden_size, factors.get("output"))
+        ranks = self.query_key_ranks + self.value_output_ranks
+        # The fused kernels want one head size for all, a multiple of 8 on most devices.
+        self.fused_size = -(-max(ranks) // 8) * 8
+        self.is_padded = any(rank != self.fused_size for rank in ranks)
+        for name, values in self.padding().items():
+            self.register_buffer(name, values, persistent=False)
+
+    def padding(self) -> dict[str, torch.Tensor]:
+        """How heads are filled up to one size, and cut again: the column that each column comes from, by buffer.
+
+        One gather for all heads, since on a GPU every call costs more than what it does. Heads are filled up with
+        columns of the next ones, which a query of zeros does not see, and which are cut off from the contexts.
+        """
+        if not self.is_padded:
+            return {}
+        heads, size, scores_size = len(self.query_key_ranks), self.fused_size, sum(self.query_key_ranks)
+        with torch.device("cpu"):  # models are made on the meta device, which takes long over such little ones
+            ranks, places = torch.tensor(self.query_key_ranks + self.value_output_ranks), torch.arange(size)
+            ends = ranks.cumsum(0)
+            columns = ((ends - ranks)[:, None] + places).clamp(max=ends[-1] - 1)
+            kept = places < ranks[:, None]
+            return {
+                "query_columns": columns[:heads].flatten().clamp(max=scores_size - 1),
+                "query_mask": kept[:heads].flatten(),
+                "key_value_columns": columns.flatten(),
+                "context_columns": kept[heads:].flatten().nonzero().flatten(),
+            }
 
     def forward(
         self, hidden_states: torch.Tensor, num_queries: int | None = None, output_attentions: bool = False
@@ -184,18 +206,15 @@ class LowRankViTAttention(nn.Module):
         return query[:, :num_queries], key_value
 
     def _fused(self, query: torch.Tensor, key_value: torch.Tensor) -> torch.Tensor:
-        # The fused kernels want one head size for all three, a multiple of 8 on most devices.
-        ranks = self.query_key_ranks + self.value_output_ranks
-        size = -(-max(ranks) // 8) * 8
-        key, value = split_heads(key_value, ranks, size).chunk(2, dim=1)
+        if self.is_padded:
+            query = query.index_select(-1, self.query_columns) * self.query_mask
+            key_value = key_value.index_select(-1, self.key_value_columns)
+        num_heads = len(self.query_key_ranks)
+        key, value = split_heads(key_value, 2 * num_heads).chunk(2, dim=1)
         context = nn.functional.scaled_dot_product_attention(
-            split_heads(query, self.query_key_ranks, size),
-            key,
-            value,
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=1.0,
+            split_heads(query, num_heads), key, value, dropout_p=self.dropout if self.training else 0.0, scale=1.0
         )
-        return merge_heads(context, self.value_output_ranks)
+        return merge_heads(context).index_select(-1, self.context_columns) if self.is_padded else merge_heads(context)
 
     def _head_by_head(
         self, query: torch.Tensor, key_value: torch.Tensor, output_attentions: bool
@@ -281,6 +300,10 @@ class LowRankViTPreTrainedModel(PreTrainedModel):
             for name in ("cls_token", "distillation_token", "position_embeddings", "position_basis"):
                 if (parameter := getattr(module, name)) is not None:
                     init.trunc_normal_(parameter, mean=0.0, std=self.config.initializer_range)
+        elif isinstance(module, LowRankViTAttention):
+            # No checkpoint holds them, and loading makes the model on the meta device.
+            for name, values in module.padding().items():
+                getattr(module, name).copy_(values)
 
 
 def _initialisers() -> Any:
