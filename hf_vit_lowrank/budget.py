@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .candidates.block import BlockCandidates
 from .candidates.embedding import EmbeddingCandidates
-from .dense import DenseSource, dense_parameters
+from .dense import DenseSource, dense_parameters, matched_parameters
 from .presets import smallest_parameters
 from .rank_plan import RankPlan, budgeted_ranks, plan_cost, smallest_config, unreachable
 from .recipe import OURS, TRAINED, CompressionRecipe
@@ -39,7 +39,7 @@ def _allowed(recipe: CompressionRecipe, whole: int) -> int:
     if recipe.max_parameters is not None:
         return recipe.max_parameters
     if recipe.match is not None:
-        return dense_parameters(recipe.match)
+        return matched_parameters(recipe.match)
     assert recipe.reduction is not None
     return int((1 - recipe.reduction) * whole)
 

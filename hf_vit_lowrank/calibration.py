@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -24,7 +24,7 @@ from .candidates.embedding import EmbeddingCandidates, embedding_candidates
 from .dense import DenseSource, load_dense
 from .embeddings import embedded_by, whole_positions
 from .errors import UserError
-from .evaluation import pick_device
+from .evaluation import class_of_label, pick_device
 from .images import ImageStream, Share, open_images, pixel_batches
 from .memory import MemoryPlan, memory_plan
 from .out_of_memory import with_smaller_batches
@@ -116,6 +116,16 @@ class Calibrated:
         return RandomViews(self.images, self.dense.image_processor, pair(model.config.image_size), model.device)
 
 
+def label_classes(images: ImageStream, model: LowRankViTForImageClassification) -> Callable[[int], int]:
+    """The dense model's class for a label of the images. Raises UserError where they have none, or other classes."""
+    if images.description["label_column"] is None:
+        raise UserError(
+            f"'{images.description['location']}' has no label column to learn from: name it, sort the images into a "
+            "folder for each class, or leave labels out."
+        )
+    return class_of_label(images, model)
+
+
 def training_share(recipe: CompressionRecipe) -> float:
     """Share of the calibration images that a recipe holds back to decide what training may keep; 0 without training."""
     return TRAINING_SHARE if recipe.compensation in TRAINED else 0.0
@@ -144,8 +154,11 @@ def calibrate(
         dense = load_dense(source, revision=revision, allow_pickle=allow_pickle)
         dense.model.requires_grad_(False)
         torch.nn.Module.to(dense.model, processes.device() if processes.count() > 1 else pick_device(device))
+        # What cannot be is refused before the long work.
         if recipe.min_agreement is None:
-            check_reachable(dense, recipe)  # before the long work
+            check_reachable(dense, recipe)
+        if recipe.labels:
+            label_classes(calibration, dense.model)
     if memory_limit is not None and run.folder is None:
         raise UserError("A memory limit needs a run folder, where the moments are parked.")
     on_cpu = dense.model.device.type == "cpu"

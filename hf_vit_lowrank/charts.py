@@ -47,7 +47,7 @@ def size_chart(rows: Sequence[dict[str, Any]], dense: dict[str, Any], path: str 
         sizes, values, "o-", color=_COMPRESSED, linewidth=2, markersize=6, label="compressed (parameters removed)"
     )
     for row, size, value in zip(rows, sizes, values, strict=True):
-        text = f"{value:.1f} %\n(−{100 * row['reduction']:.0f} %)"
+        text = f"{value:.1f} %\n(−{100 * row['reduction']:g} %)"
         axes.annotate(text, (size, value), xytext=(6, -4), textcoords="offset points", va="top", fontsize=8)
     lowest, highest = min([*values, level]), max([*values, level])
     room = max(highest - lowest, 1.0)

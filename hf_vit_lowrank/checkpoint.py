@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
 from .dense import DENSE_FILES, check_weights
-from .disk import require_room
+from .disk import require_room, require_writable
 from .errors import RunError, UserError, as_user_error, reason
 from .images import load_image_processor
 from .remote.configuration_lowrank_vit import LowRankViTConfig
@@ -56,8 +55,7 @@ def check_target(folder: str | Path, weight_bytes: int, *, overwrite: bool = Fal
     beside = next(parent for parent in target.parents if parent.exists())
     if not beside.is_dir() or (target.exists() and not target.is_dir()):
         raise UserError(f"'{folder}' is a file, or lies below one: choose another folder for the checkpoint.")
-    if not os.access(beside, os.W_OK | os.X_OK):
-        raise UserError(f"'{beside}' may not be written to: choose another place for the checkpoint.")
+    require_writable(beside)
     _recover(target)
     if target.is_dir() and any(target.iterdir()):
         if not overwrite:

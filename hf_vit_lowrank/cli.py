@@ -6,7 +6,7 @@ import functools
 import logging
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from json import dumps
 from pathlib import Path
@@ -278,6 +278,8 @@ def compress(
         probe=probe,
     )
     if smoke:
+        if recipe.compensation != "distill":
+            raise UserError("--smoke goes with --compensation distill: without it, pass fewer --samples.")
         recipe = replace(recipe, distill_epochs=1, samples=min(recipe.samples, SMOKE_SAMPLES))
     _check_file(json)
     _refuse_source(output, source)
@@ -290,7 +292,6 @@ def compress(
         progress.quiet()
     if restart and processes.is_main():
         run.remove()
-    goes_on = folder.exists()
     try:
         result = compress_model(
             source,
@@ -303,7 +304,8 @@ def compress(
             memory_limit=parse_bytes(memory_limit) if memory_limit else None,
         )
     except UserError:
-        if not goes_on and processes.is_main():  # what was refused must not stand in the way of its correction
+        # What was refused before the long work must not stand in the way of its correction.
+        if not run.is_begun() and processes.is_main():
             run.remove()
         raise
     result.save_pretrained(output, overwrite=overwrite)
@@ -515,9 +517,9 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Train a small ViT on handwritten digits (a minute, once), compress it and measure both."""
-    from .demo import run_demo
+    from .demo import KEPT, run_demo
 
-    _check_folder(output, overwrite)
+    _check_folder(output, overwrite, kept=KEPT)
     run_demo(output, reduction, show=not quiet)
 
 
@@ -587,12 +589,19 @@ def verify(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Check files, code, shapes, size and logits of a checkpoint (exit code 0: as saved, 1: differs, 2: none there)."""
+    """Check files, code, shapes, size and logits of a checkpoint.
+
+    Exit code 0: as saved; 1: differs; 2: none there; 3: the hub could not be asked.
+    """
     from . import tables
     from .verification import verify_checkpoint
 
     _check_file(json)
-    verification = verify_checkpoint(checkpoint, revision=revision)
+    try:
+        verification = verify_checkpoint(checkpoint, revision=revision)
+    except RunError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise typer.Exit(3) from None
     if json:
         json.write_text(dumps(verification.to_dict(), indent=2) + "\n")
     if not quiet:
@@ -700,6 +709,14 @@ def _recipe(
     if len(given) != 1 and (given or file is None):
         options = ", ".join(f"--{name.replace('_', '-')}" for name in TARGETS)
         raise UserError(f"Say how small by exactly one of {options} (given: {', '.join(given) or 'none'}).")
+    recipe = _merged(context, file, fields)
+    for name in ("distill_epochs", "distill_lr"):
+        if _is_typed(context, name) and recipe.compensation != "distill":
+            raise UserError(f"--{name.replace('_', '-')} goes with --compensation distill.")
+    return recipe
+
+
+def _merged(context: typer.Context, file: Path | None, fields: dict[str, Any]) -> CompressionRecipe:
     if file is None:
         return CompressionRecipe(**fields)
     return _file_recipe(file, {name: value for name, value in fields.items() if _is_typed(context, name)})
@@ -739,7 +756,7 @@ def _parse_reductions(text: str) -> list[float]:
     wrong = [value for value in values if not 0 <= value < 1]
     if wrong:
         raise UserError(f"--reductions must be from 0 up to, but not, 1; {wrong[0]:g} is not.")
-    return values
+    return list(dict.fromkeys(values))
 
 
 def _calibration_images(
@@ -780,16 +797,25 @@ def _refuse_source(output: Path, source: str) -> None:
         raise UserError(f"--output '{output}' is the source or holds it, and the source is never written to.")
 
 
-def _check_folder(folder: Path, overwrite: bool) -> None:
+def _check_folder(folder: Path, overwrite: bool, kept: Sequence[str] = ()) -> None:
+    """kept: names of what an earlier run may have left there, which is not written again."""
+    from .disk import require_writable
+
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output '{folder}' is a file: choose a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+    if folder.is_dir() and any(path.name not in kept for path in folder.iterdir()) and not overwrite:
         raise UserError(f"--output '{folder}' is not empty: choose another folder, or pass --overwrite.")
+    require_writable(folder)
 
 
 def _check_file(file: Path | None, option: str = "--json") -> None:
-    if file is not None and (file.is_dir() or not file.parent.is_dir()):
+    from .disk import require_writable
+
+    if file is None:
+        return
+    if file.is_dir() or not file.parent.is_dir():
         raise UserError(f"{option} '{file}' cannot be written: it is a folder, or its folder does not exist.")
+    require_writable(file)
 
 
 def main() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from .budget import recipe_limit, recipe_ranks
 from .calibration import AGREEMENT_SHARE, NOWHERE, Calibrated, calibrate, held_back_agreement, timed, training_share
 from .charts import plan_chart
 from .checkpoint import save_checkpoint
+from .compensation.gradient import EPOCHS
 from .compensation.steps import compensate, measured_drifts
 from .dense import not_finite, to_transformers
 from .errors import RunError, UserError
@@ -23,12 +26,15 @@ from .images import ImageStream
 from .model_card import PICTURE, model_card
 from .presets import PRESETS
 from .probing import Weighed, probe_sizes
-from .recipe import OURS, CompressionRecipe
+from .rank_plan import plan_cost
+from .recipe import OURS, TRAINED, VIEWS, CompressionRecipe
 from .record import built_size, compression_record, planned_size, published
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
 from .run_folder import RunFolder
 from .surgery import shrink
+
+logger = logging.getLogger(__name__)
 
 # The step that the search for --min-agreement ends at.
 SMALLEST_STEP = 0.01
@@ -155,11 +161,29 @@ def plan(
     dense, candidates = calibrated.dense, calibrated.candidates
     size = planned_size(dense, candidates, recipe, recipe_ranks(dense, candidates, calibrated.embedding, recipe))
     report = compression_record(dense, calibrated.calibration, recipe, size)
-    report["seconds"] = dict(calibrated.seconds)
-    if recipe.compensation != "none":
-        # Measured between 0.7 and 1 times the statistics: both are a few passes over the same images.
-        report["seconds"]["closed form, expected"] = report["seconds"]["statistics"]
+    small = size["flops"] / plan_cost(dense.model.config, "flops")
+    report["seconds"] = {
+        **calibrated.seconds,
+        **{f"{stage}, expected": seconds for stage, seconds in _expected(recipe, small, calibrated.seconds).items()},
+    }
     return report
+
+
+def _expected(recipe: CompressionRecipe, small: float, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of what a plan leaves out, by stage; small: FLOPs of the smaller model as a share of the dense one's.
+
+    Statistics take as long as 3.5 forward passes, refits hardly less. Training is three passes of the smaller model
+    over the images and their views, for which the dense model is asked once: once in all, or once a view.
+    """
+    forward = seconds["statistics"] / 3.5
+    expected = {"surgery": seconds["candidates"]}
+    if recipe.compensation != "none":
+        expected["closed form"] = seconds["statistics"]
+    if recipe.compensation in TRAINED:
+        expected["training block by block"] = (1 + VIEWS) * (1 + 3 * EPOCHS * small) * forward
+    if recipe.compensation == "distill":
+        expected["distillation"] = recipe.distill_epochs * (1 + 3 * small) * forward
+    return expected
 
 
 def build(calibrated: Calibrated, recipe: CompressionRecipe, *, run: RunFolder = NOWHERE) -> CompressionResult:
@@ -213,12 +237,20 @@ def _smaller(
 def _smallest_agreeing(calibrated: Calibrated, recipe: CompressionRecipe, run: RunFolder) -> CompressionResult:
     """The largest reduction, by bisection, whose model keeps `min_agreement` of the dense predictions held back."""
     trials: list[dict[str, float]] = []
+    seconds: dict[str, float] = {}
     wanted = recipe.min_agreement or 1.0
+    images = int(processes.total(sum(map(len, calibrated.held_back))))
+    if wanted < 1 and images * (1 - wanted) < 1:
+        logger.warning(
+            "%d images are held back, so that an agreement of %g is one of all of them: more samples tell more",
+            *(images, wanted),
+        )
 
     def attempt(reduction: float) -> tuple[CompressionResult, float]:
         size = replace(recipe, reduction=reduction, min_agreement=None)
-        trial = build(calibrated, size, run=run.part(f"reduction-{reduction}"))
-        agreement = held_back_agreement(calibrated, trial.model)
+        with timed(seconds, "trials"):
+            trial = build(calibrated, size, run=run.part(f"reduction-{reduction}"))
+            agreement = held_back_agreement(calibrated, trial.model)
         trials.append({"reduction": reduction, "agreement": agreement})
         return trial, agreement
 
@@ -238,8 +270,9 @@ def _smallest_agreeing(calibrated: Calibrated, recipe: CompressionRecipe, run: R
     report = {
         **best.report,
         "recipe": recipe.to_dict(),
+        "seconds": {**calibrated.seconds, **seconds},
         "agreement": {
-            "images": int(processes.total(sum(map(len, calibrated.held_back)))),
+            "images": images,
             "wanted": wanted,
             "trials": trials,
         },

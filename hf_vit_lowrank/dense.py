@@ -126,6 +126,16 @@ def dense_parameters(source: str, *, revision: str | None = None) -> int:
     return _size(getattr(transformers, architecture), config)
 
 
+def matched_parameters(model: str) -> int:
+    """Number of parameters of a classifier to match, which may be compressed already. Raises as `dense_parameters`."""
+    folder, _ = local_folder(model, None, ("*.json",))
+    with as_user_error(f"'{model}' has no configuration that can be read"):
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if isinstance(config, LowRankViTConfig):
+        return _size(LowRankViTForImageClassification, config)
+    return dense_parameters(model)
+
+
 def _size(architecture: Any, config: Any) -> int:
     """Number of parameters; nothing of that size is made."""
     with torch.device("meta"):

@@ -15,7 +15,7 @@ import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features
 from datasets import Image as ImageFeature
 from PIL import Image
-from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
+from transformers import PrinterCallback, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
 from .errors import UserError
 from .images import load_image_processor
@@ -147,7 +147,9 @@ def _train(folder: Path, training: DigitsTraining) -> None:
         use_cpu=True,  # the same model on every machine, and fast enough
         dataloader_pin_memory=False,
     )
-    Trainer(model=model, args=arguments, train_dataset=examples, data_collator=_shifted_batch).train()
+    trainer = Trainer(model=model, args=arguments, train_dataset=examples, data_collator=_shifted_batch)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     shutil.rmtree(folder / "trainer", ignore_errors=True)
     model.save_pretrained(folder)
     (folder / _SETTINGS).write_text(json.dumps(asdict(training), indent=2))

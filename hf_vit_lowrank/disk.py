@@ -1,11 +1,19 @@
-"""Whether the disk has room for what a run will write."""
+"""Whether what a run will write may be written, and the disk has room for it."""
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
 from .errors import UserError
+
+
+def require_writable(path: Path) -> None:
+    """Raises UserError where a file or folder, which need not be there yet, may not be written."""
+    nearest = path if path.exists() else next(parent for parent in path.resolve().parents if parent.exists())
+    if not os.access(nearest, os.W_OK | (os.X_OK if nearest.is_dir() else 0)):
+        raise UserError(f"'{nearest}' may not be written to: choose another place.")
 
 
 def require_room(folder: Path, needed: int, what: str) -> None:

@@ -198,7 +198,8 @@ def evaluate_classifier(
     """
     if against is None and stream.description["label_column"] is None:
         raise UserError(
-            f"'{stream.description['location']}' has no label column: name it, or give a dense model to compare with."
+            f"'{stream.description['location']}' has no label column: name it, sort the images into a folder for each "
+            "class, or give a dense model to compare with."
         )
     target = pick_device(device)
     batches = pixel_batches(stream, image_processor, batch_size) if batches is None else batches

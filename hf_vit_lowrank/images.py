@@ -22,7 +22,7 @@ import transformers
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
 from datasets.distributed import split_dataset_by_node
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from pyarrow import parquet
 
 from .errors import RunError, UserError, as_user_error, reason, without_secrets
@@ -206,8 +206,10 @@ def decode_image(encoded: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(encoded))
         image.load()
         return _to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError as error:
+        raise _UnreadableImageError("cannot identify image file") from error
     except Exception as error:  # Pillow's readers raise nearly anything on a damaged file
-        raise _UnreadableImageError(reason(error)) from error
+        raise _UnreadableImageError(f"damaged: {reason(error)}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from .candidates.block import BlockCandidates
-from .dense import DenseSource
+from .dense import DenseSource, matched_parameters
 from .evaluation import count_flops, count_parameters
 from .model_card import without_folders
 from .rank_plan import RankPlan, curve_records, plan_cost
@@ -35,9 +37,20 @@ def compression_record(
 
 
 def published(record: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint tells: no times, for the same recipe must give the same bytes, no folders of this machine."""
+    """What a checkpoint tells: no times, for the same recipe must give the same bytes, no folders of this machine.
+
+    A recipe that matches a model in a folder becomes one with its number of parameters.
+    """
     kept = {name: value for name, value in record.items() if name != "seconds"}
+    match = kept["recipe"]["match"]
+    if match is not None and Path(match).exists():
+        kept["recipe"] = {**kept["recipe"], "match": None, "max_parameters": matched_parameters(match)}
     return kept | {name: without_folders(kept[name]) for name in ("source", "calibration") if name in kept}
+
+
+def json_number(value: float) -> float | None:
+    """JSON has no number for what is not finite, as a divergence is where training was too fast."""
+    return value if math.isfinite(value) else None
 
 
 def source_record(dense: DenseSource) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from .checkpoint import intact_record
 from .errors import as_user_error
 from .evaluation import evaluate_classifier, load_classifier
 from .images import ImageStream
+from .model_card import without_folders
 from .recipe import CompressionRecipe
 
 _TEMPLATE = Path(__file__).with_name("report_template.html.jinja")
@@ -71,6 +72,7 @@ def report_page(
         recipe=recipe,
         tiles=_tiles(record, accuracies),
         evaluation=accuracies,
+        place=without_folders(accuracies["data"]) if accuracies and accuracies["data"] else None,
         heat_maps=_heat_maps(plan, config),
         embedding_ranks=plan.get("embedding_ranks", {}),
         blocks=_block_bars(plan, _dense_width(record, config)),

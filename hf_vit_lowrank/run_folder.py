@@ -68,6 +68,10 @@ class RunFolder:
         """Whether that stage was finished."""
         return self.folder is not None and processes.from_main(self._file(stage).is_file())
 
+    def is_begun(self) -> bool:
+        """Whether any stage, or block of one, was finished."""
+        return self.folder is not None and processes.from_main(any(self.folder.glob("**/*.pt")))
+
     def load(self, stage: str) -> Any:
         """The result of a finished stage. Raises RunError where its file cannot be read."""
         return processes.from_main(self._read(stage) if processes.is_main() else None)

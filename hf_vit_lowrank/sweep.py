@@ -124,13 +124,15 @@ def _as_json(
 
 def _as_markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = ["| " + " | ".join(_COLUMNS.values()) + " |", "|" + "---:|" * len(_COLUMNS)]
-    lines += ["| " + " | ".join(_cell(name, row[name]) for name in _COLUMNS) + " |" for row in rows]
+    removed = ["dense", *(f"{100 * row['reduction']:g} %" for row in rows[1:])]
+    lines += [
+        "| " + " | ".join([size, *(_cell(row[name]) for name in list(_COLUMNS)[1:])]) + " |"
+        for size, row in zip(removed, rows, strict=True)
+    ]
     return "\n".join(lines) + "\n"
 
 
-def _cell(name: str, value: Any) -> str:
+def _cell(value: Any) -> str:
     if value is None:
         return "–"
-    if name == "reduction":
-        return f"{value:.0%}" if value else "dense"
     return f"{value:,}" if isinstance(value, int) else f"{value:.2f}"

@@ -50,7 +50,7 @@ def show_sweep(rows: Sequence[dict[str, Any]], output: Path) -> None:
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
-            f"{100 * row['reduction']:.0f} %" if row["reduction"] else "dense",
+            "dense" if row is rows[0] else f"{100 * row['reduction']:g} %",
             f"{row['parameters']:,}",
             _megabytes(row["bytes"]),
             _millions(row["flops"]),
@@ -125,7 +125,9 @@ def _sizes(report: dict[str, Any]) -> Table:
     flops = [report["dense_flops"], report["flops"]]
     table.add_row("parameters", *(f"{size:,}" for size in sizes), _change(*sizes))
     table.add_row("MB in float32", *(_megabytes(BYTES_PER_PARAMETER * size) for size in sizes), _change(*sizes))
-    table.add_row("MFLOPs per image", *(_millions(count) for count in flops), _change(*flops))
+    # `evaluate` counts the dense model's as transformers computes it, every token in the last block.
+    title = "MFLOPs per image" + ", last block for the tokens read" * report["remote_code"]
+    table.add_row(title, *(_millions(count) for count in flops), _change(*flops))
     return table
 
 
@@ -136,9 +138,10 @@ def _notes(report: dict[str, Any]) -> list[str]:
     for stage, title in (("gradient", "training block by block"), ("distillation", "distillation")):
         if trained := report.get(stage):
             kept = "" if trained["kept"] else " (not kept)"
+            after = "not a number" if trained["after"] is None else f"{trained['after']:.3f}"
             notes.append(
                 f"Divergence from the dense model on held-back images, before and after {title}: "
-                f"{trained['before']:.3f}, {trained['after']:.3f} nats{kept}"
+                f"{trained['before']:.3f}, {after} nats{kept}"
             )
     if search := report.get("agreement"):
         kept = max(

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForImageClassification
 
 from .checkpoint import CARD, CODE, WEIGHTS, changed_files, file_sha256, probe_logits, read_record
-from .errors import UserError, as_user_error, reason
+from .errors import RunError, UserError, as_user_error, reason
 from .hub import download_checkpoint
 from .model_card import unpin
 
@@ -57,8 +57,8 @@ def verify_checkpoint(checkpoint: str, *, revision: str | None = None) -> Verifi
     if not folder.is_dir():
         try:
             folder = download_checkpoint(checkpoint, revision=revision)
-        except UserError as error:
-            raise UserError(f"'{checkpoint}' is no folder here; and as a repository: {error}") from error
+        except (UserError, RunError) as error:
+            raise type(error)(f"'{checkpoint}' is no folder here; and as a repository: {error}") from error
     record = read_record(folder)
     steps: dict[str, Callable[[Path, dict[str, Any]], tuple[bool, str]]] = {
         "files": _files,
@@ -90,12 +90,13 @@ def _code(folder: Path, record: dict[str, Any]) -> tuple[bool, str]:
         found = sorted(path.name for path in folder.glob("*.py"))
         return not found, f"it needs no code of its own, and has {', '.join(found) or 'none'}"
     ours = Path(__file__).parent / "remote"
-    release = f"hf-vit-lowrank {version('hf-vit-lowrank')}"
+    installed = version("hf-vit-lowrank")
     different = [name for name in CODE if file_sha256(folder / name) != file_sha256(ours / name)]
     if different:
-        made = record.get("versions", {}).get("hf-vit-lowrank", "an unknown release")
-        return False, f"{' and '.join(different)} differ from those of {release} (the checkpoint was made by {made})"
-    return True, f"the code is that of {release}"
+        made = record.get("versions", {}).get("hf-vit-lowrank")
+        way_out = f": the checkpoint was made by {made}, which can check it" if made not in (None, installed) else ""
+        return False, f"{' and '.join(different)} differ from those of hf-vit-lowrank {installed}{way_out}"
+    return True, f"the code is that of hf-vit-lowrank {installed}"
 
 
 def _shapes(folder: Path, record: dict[str, Any]) -> tuple[bool, str]:

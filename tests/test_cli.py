@@ -19,6 +19,7 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from hf_vit_lowrank.cli import app
+from hf_vit_lowrank.errors import UserError
 
 
 def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -111,6 +112,9 @@ def test_plan_prints_ranks_and_writes_nothing(digits_model, digits_data, tmp_pat
     assert "Rank plan" in done.stdout
     assert "closed form, expected" in done.stdout
     assert list(tmp_path.iterdir()) == []
+    done = call("plan", digits_model, *options, "--compensation", "distill", "--json", tmp_path / "plan.json")
+    seconds = json.loads((tmp_path / "plan.json").read_text())["seconds"]
+    assert seconds["distillation, expected"] > seconds["training block by block, expected"] > seconds["statistics"]
 
 
 def test_sweep_writes_three_files(digits_model, digits_data, tmp_path):
@@ -197,6 +201,8 @@ def sentence(done: subprocess.CompletedProcess[str]) -> str:
         (("--max-parameters", "lots"), "34.6M"),
         (("--max-parameters", "10"), "ask for at least"),
         (("--reduction", "0.5", "--image-column", "photo"), "image"),
+        (("--reduction", "0.5", "--smoke"), "--smoke goes with --compensation distill"),
+        (("--reduction", "0.5", "--distill-epochs", "5"), "--distill-epochs goes with --compensation distill"),
     ],
 )
 def test_bad_options_are_one_sentence(options, message, digits_model, digits_data, tmp_path):
@@ -204,6 +210,27 @@ def test_bad_options_are_one_sentence(options, message, digits_model, digits_dat
     done = call("compress", *source, *options, "--output", tmp_path / "out")
     assert message in sentence(done)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_may_not_be_written_is_refused_before_the_work(digits_model, digits_data, tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write anywhere
+    source = (digits_model, "--calibration", digits_data.calibration, "--samples", 16)
+    for command in (
+        ("plan", *source, "--reduction", 0.5, "--json", tmp_path / "plan.json"),
+        ("sweep", *source, "--reductions", 0.5, "--output", tmp_path / "deep" / "sweep"),
+        ("compress", *source, "--reduction", 0.5, "--output", tmp_path / "out"),
+    ):
+        assert f"'{tmp_path}' may not be written to" in sentence(call(*command))
+
+
+def test_a_refusal_after_long_work_keeps_the_work(digits_model, digits_data, tmp_path, monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise UserError("Too late.")
+
+    monkeypatch.setattr("hf_vit_lowrank.compensation.steps.refit", refuse)
+    options = ("--calibration", digits_data.calibration, "--samples", 16, "--reduction", 0.5)
+    assert "Too late." in sentence(call("compress", digits_model, *options, "--output", tmp_path / "out"))
+    assert (tmp_path / ".out.run" / "statistics.pt").exists()
 
 
 def test_missing_calibration_is_one_sentence(digits_model, tmp_path):

@@ -126,6 +126,18 @@ def test_max_parameters_and_match(digits_model, digits_data, calibrated):
     assert matched["parameters"] <= calibrated.dense.parameters
 
 
+def test_a_compressed_model_can_be_matched_and_its_folder_is_not_told(digits_model, digits_data, halved, tmp_path):
+    halved.save_pretrained(tmp_path / "half")
+    recipe = CompressionRecipe(match=str(tmp_path / "half"), samples=64)
+    result = compress(str(digits_model), str(digits_data.calibration), recipe, device="cpu")
+    limit = halved.report["parameters"]
+    assert 0.99 * limit <= result.report["parameters"] <= limit
+    result.save_pretrained(tmp_path / "other")
+    told = json.loads((tmp_path / "other" / "compression.json").read_text())["recipe"]
+    assert (told["match"], told["max_parameters"]) == (None, limit)
+    CompressionRecipe.from_dict(told)
+
+
 def test_impossible_size_says_the_smallest(calibrated):
     with pytest.raises(UserError, match="ask for at least"):
         build(calibrated, replace(RECIPE, reduction=0.999))
@@ -139,6 +151,13 @@ def test_min_agreement_finds_a_size_between_its_neighbours(digits_model, digits_
     assert result.report["reduction"] == pytest.approx(max(agreeing), abs=0.02)
     assert 0.2 < result.report["reduction"] < 0.95
     assert measured["images"] == 25
+    assert result.report["seconds"]["trials"] > 0
+
+
+def test_an_agreement_finer_than_an_image_is_warned_of(digits_model, digits_data, caplog):
+    recipe = CompressionRecipe(min_agreement=0.99, samples=32)
+    compress(str(digits_model), str(digits_data.calibration), recipe, device="cpu")
+    assert "6 images are held back, so that an agreement of 0.99 is one of all of them" in caplog.text
 
 
 def test_sweep_writes_table_and_picture(digits_model, digits_data, tmp_path):
@@ -151,7 +170,8 @@ def test_sweep_writes_table_and_picture(digits_model, digits_data, tmp_path):
     assert rows[0]["parameters"] > rows[1]["parameters"] > rows[2]["parameters"]
     assert rows[0]["flops"] > rows[1]["flops"] > rows[2]["flops"]
     assert json.loads((tmp_path / "sweep.json").read_text())["rows"] == rows
-    assert (tmp_path / "sweep.md").read_text().count("\n") == 5
+    table = (tmp_path / "sweep.md").read_text()
+    assert [line.split()[1] for line in table.splitlines()[2:]] == ["dense", "30", "60"]
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 

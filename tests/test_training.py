@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
@@ -22,6 +24,7 @@ from hf_vit_lowrank.images import LabelledImage, open_images
 from hf_vit_lowrank.recipe import CompressionRecipe
 from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification
 from hf_vit_lowrank.run_folder import RunFolder
+from hf_vit_lowrank.tables import show_compression
 
 RECIPE = CompressionRecipe(reduction=0.88, samples=160, compensation="gradient", rank_multiple=1)
 DISTILL = replace(RECIPE, compensation="distill", distill_epochs=15, distill_lr=1e-3)
@@ -146,6 +149,14 @@ def test_distillation_that_only_harms_leaves_the_start(calibrated, trained):
     assert all(torch.equal(tensor, start[name]) for name, tensor in result.model.state_dict().items())
 
 
+def test_distillation_that_ends_in_no_numbers_is_still_a_record(calibrated, caplog):
+    result = build(calibrated, replace(DISTILL, distill_epochs=1, distill_lr=1e9))
+    assert json.loads(json.dumps(result.report["distillation"], allow_nan=False))["curve"][-1][1] is None
+    assert result.report["distillation"]["kept"] is False
+    assert "its rate 1e+09 is too high" in caplog.text
+    show_compression(result.report, Path("out"))
+
+
 def test_labels_are_learnt_from(calibrated, shortly_distilled):
     labelled = build(calibrated, replace(SHORT, labels=True))
     assert labelled.report["distillation"]["curve"][-1] != shortly_distilled.report["distillation"]["curve"][-1]
@@ -157,8 +168,12 @@ def test_labels_that_are_missing_are_named(digits_model, digits_data, tmp_path):
     data = load_dataset("parquet", data_files=str(digits_data.calibration), split="train").select(range(20))
     data.remove_columns("label").to_parquet(tmp_path / "bare.parquet")
     recipe = replace(DISTILL, labels=True, samples=20)
-    calibrated = calibrate(str(digits_model), str(tmp_path / "bare.parquet"), recipe, hold_back=0.25, device="cpu")
-    with pytest.raises(UserError, match="no label for 20 of its images"):
+    with pytest.raises(UserError, match="no label column to learn from"):
+        calibrate(str(digits_model), str(tmp_path / "bare.parquet"), recipe, hold_back=0.25, device="cpu")
+    some = [label if place else -1 for place, label in enumerate(data["label"])]
+    data.remove_columns("label").add_column("label", some).to_parquet(tmp_path / "some.parquet")
+    calibrated = calibrate(str(digits_model), str(tmp_path / "some.parquet"), recipe, hold_back=0.25, device="cpu")
+    with pytest.raises(UserError, match="no label for 1 of its images"):
         build(calibrated, recipe)
 
 

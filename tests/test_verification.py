@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from hf_vit_lowrank.checkpoint import file_sha256, load_checkpoint, rewrite_card, save_checkpoint, unedited_card
 from hf_vit_lowrank.cli import app
-from hf_vit_lowrank.errors import UserError
+from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.images import load_image_processor
 from hf_vit_lowrank.verification import verify_checkpoint
 
@@ -161,6 +161,16 @@ def test_exit_codes_table_and_json(folder: Path, tmp_path: Path):
     code, _, err = call("verify", tmp_path)
     assert code == 2
     assert "no checkpoint folder" in err
+
+
+def test_a_hub_that_cannot_be_asked_is_no_difference(monkeypatch):
+    def broken(*_: object, **__: object) -> None:
+        raise RunError("The hub could not be reached.")
+
+    monkeypatch.setattr("hf_vit_lowrank.verification.download_checkpoint", broken)
+    code, _, err = call("verify", "org/nothing")
+    assert code == 3
+    assert "'org/nothing' is no folder here; and as a repository: The hub could not be reached." in err
 
 
 # ---------------------------------------------------------------------------------------------- a card with new figures

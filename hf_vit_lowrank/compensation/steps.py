@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,13 +16,13 @@ import torch
 from torch import Tensor
 
 from .. import processes
-from ..calibration import Calibrated, held_back_confidence, held_back_divergence, timed
+from ..calibration import Calibrated, held_back_confidence, held_back_divergence, label_classes, timed
 from ..embeddings import embedded_by, embedding_change
 from ..errors import UserError
-from ..evaluation import class_of_label
 from ..out_of_memory import with_smaller_batches
 from ..progress import track
 from ..recipe import OURS, TRAINED, VIEWS, CompressionRecipe
+from ..record import json_number
 from ..remote.modeling_lowrank_vit import LowRankViTForImageClassification
 from ..run_folder import RunFolder
 from .closed_form import BlockDrift, compensate_closed_form
@@ -134,9 +135,9 @@ def _train_blocks(
         model.load_state_dict(trained.state_dict())
     return {
         "before": before,
-        "after": after,
+        "after": json_number(after),
         "kept": after < before,
-        "blocks": [asdict(record) for record in records],
+        "blocks": [{**asdict(record), "after": json_number(record.after)} for record in records],
         "confidence": confidences[after < before],
     }
 
@@ -209,16 +210,23 @@ def _distill(
     after = held_back_divergence(calibrated, model)
     if not after < before:
         model.load_state_dict(start)
-    return {"before": before, "after": after, "kept": after < before, "curve": curve}
+    if not all(math.isfinite(divergence) for _, divergence in curve):
+        logger.warning("distillation came to numbers that are not finite: its rate %g is too high", recipe.distill_lr)
+    return {
+        "before": before,
+        "after": json_number(after),
+        "kept": after < before,
+        "curve": [(seen, json_number(divergence)) for seen, divergence in curve],
+    }
 
 
 def _labels(calibrated: Calibrated) -> list[int]:
     """The dense model's class of every calibration image."""
-    images, class_of = calibrated.images, class_of_label(calibrated.images, calibrated.dense.model)
+    images, class_of = calibrated.images, label_classes(calibrated.images, calibrated.dense.model)
     labels = [class_of(label) for label in calibrated.views.labels if label is not None]
     if len(labels) < len(calibrated.views):
         raise UserError(
             f"'{images.description['location']}' has no label for {len(calibrated.views) - len(labels)} of its images: "
-            "name the label column, or leave labels out."
+            "label them, or leave labels out."
         )
     return labels
