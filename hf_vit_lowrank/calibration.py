@@ -21,7 +21,7 @@ from .bisection import last_that_fits
 from .budget import check_reachable
 from .candidates.block import BlockCandidates, block_candidates
 from .candidates.embedding import EmbeddingCandidates, embedding_candidates
-from .dense import DenseSource, load_dense
+from .dense import DenseSource, load_dense, require_free_head_sizes
 from .embeddings import embedded_by, whole_positions
 from .errors import UserError
 from .evaluation import class_of_label, pick_device
@@ -159,6 +159,8 @@ def calibrate(
             check_reachable(dense, recipe)
         if recipe.labels:
             label_classes(calibration, dense.model)
+        if recipe.native:
+            require_free_head_sizes("Native plans need")
     if memory_limit is not None and run.folder is None:
         raise UserError("A memory limit needs a run folder, where the moments are parked.")
     on_cpu = dense.model.device.type == "cpu"
@@ -168,6 +170,8 @@ def calibrate(
     run.require(
         recipe=recipe.to_dict(),
         source=source_record(dense),
+        config=dense.model.config.to_dict(),
+        image_processor=dense.image_processor.to_dict(),
         images=calibration.description,
         versions=versions(),
         device=dense.model.device.type,
@@ -198,7 +202,7 @@ def calibrate(
         **calibration.description,
         "images": int(processes.total(sum(map(len, fitting + held_back)))),
         "sha256": image_sha256,
-        "skipped": list(own.skipped),
+        "skipped": [image for skipped in processes.gather(list(own.skipped)) for image in skipped],
         "processes": processes.count(),
     }
     return Calibrated(
@@ -253,11 +257,16 @@ def _statistics(
 def _embed(dense: DenseSource, images: ImageStream, batch_size: int) -> list[Tensor]:
     """Embeddings of all images, batches of (images, tokens, d), on the CPU; pixels are not needed after this."""
     batches = pixel_batches(images, dense.image_processor, batch_size)
-    device = dense.model.device
-    return [
-        dense.model.vit.embeddings(batch.pixel_values.to(device)).cpu()
-        for batch in track(batches, "Images", images.length, size=lambda batch: len(batch.pixel_values))
-    ]
+    device, config, embeddings = dense.model.device, dense.model.config, []
+    taken = config.num_channels, *pair(config.image_size)
+    for batch in track(batches, "Images", images.length, size=lambda batch: len(batch.pixel_values)):
+        if (made := tuple(batch.pixel_values.shape[1:])) != taken:
+            raise UserError(
+                f"The image processor of '{dense.location}' makes images of (channels, height, width) {made}, and its "
+                f"model takes {taken}: mend its preprocessor_config.json."
+            )
+        embeddings.append(dense.model.vit.embeddings(batch.pixel_values.to(device)).cpu())
+    return embeddings
 
 
 def _split(embeddings: list[Tensor], share: float, batch_size: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -337,7 +346,7 @@ def stream_logits(model: LowRankViTForImageClassification, stream: Sequence[Tens
         tokens = batch.to(model.device)
         for block in model.vit.blocks[first_block:]:
             tokens, _ = block(tokens)
-        logits.append(model.classify(model.vit.norm(tokens))[0].double().cpu())
+        logits.append(model.classify(model.vit.norm(tokens))[0].cpu().double())
     return torch.cat(logits) if logits else torch.empty(0, model.config.num_labels or 0, dtype=torch.float64)
 
 

@@ -218,6 +218,7 @@ def compress(
     split: Split = None,
     config: Config = None,
     image_column: ImageColumn = None,
+    label_column: LabelColumn = None,
     samples: Samples = 1024,
     cost: Cost = "parameters",
     preset: Preset = OURS,
@@ -284,7 +285,7 @@ def compress(
     _check_file(json)
     _refuse_source(output, source)
     check_target(output, weight_bytes(source, recipe, revision=revision), overwrite=overwrite)
-    images = _calibration_images(calibration, config, split, image_column, recipe)
+    images = _calibration_images(calibration, config, split, image_column, recipe, label_column)
     folder = output.absolute().parent / f".{output.name}.run"
     run = RunFolder(folder)
     processes.join()
@@ -305,7 +306,7 @@ def compress(
         )
     except UserError:
         # What was refused before the long work must not stand in the way of its correction.
-        if not run.is_begun() and processes.is_main():
+        if processes.is_main() and not run.is_begun():
             run.remove()
         raise
     result.save_pretrained(output, overwrite=overwrite)
@@ -760,12 +761,23 @@ def _parse_reductions(text: str) -> list[float]:
 
 
 def _calibration_images(
-    location: str, config: str | None, split: str | None, image_column: str | None, recipe: CompressionRecipe
+    location: str,
+    config: str | None,
+    split: str | None,
+    image_column: str | None,
+    recipe: CompressionRecipe,
+    label_column: str | None = None,
 ) -> ImageStream:
     from .images import open_images
 
     return open_images(
-        location, config=config, split=split, image_column=image_column, samples=recipe.samples, seed=recipe.seed
+        location,
+        config=config,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        samples=recipe.samples,
+        seed=recipe.seed,
     )
 
 

@@ -205,6 +205,12 @@ def why_not_uniform(config: LowRankViTConfig) -> str | None:
     return None
 
 
+def require_free_head_sizes(who_needs: str) -> None:
+    """Raises UserError where transformers' own classes know one head size for a width alone."""
+    if int(transformers.__version__.split(".")[0]) < 5:
+        raise UserError(f"{who_needs} transformers 5.5 or newer, and this is {transformers.__version__}.")
+
+
 def _empty_transformers(config: LowRankViTConfig) -> PreTrainedModel:
     kind = "DeiT" if config.use_distillation_token else "ViT"
     head = "ForImageClassificationWithTeacher" if config.use_distillation_head else "ForImageClassification"
@@ -212,11 +218,9 @@ def _empty_transformers(config: LowRankViTConfig) -> PreTrainedModel:
     fields |= {"intermediate_size": config.mlp_widths[0], "id2label": config.id2label, "label2id": config.label2id}
     head_size = config.query_key_ranks[0][0]
     if head_size != config.hidden_size // config.num_attention_heads:
-        if int(transformers.__version__.split(".")[0]) < 5:
-            raise UserError(
-                f"{config.num_attention_heads} heads of size {head_size} in a model of width {config.hidden_size} need "
-                f"transformers 5.5 or newer, and this is {transformers.__version__}."
-            )
+        require_free_head_sizes(
+            f"{config.num_attention_heads} heads of size {head_size} in a model of width {config.hidden_size} need"
+        )
         fields["head_dim"] = head_size
     return getattr(transformers, kind + head)(getattr(transformers, f"{kind}Config")(**fields))
 
@@ -380,7 +384,19 @@ def _checked_architecture(folder: Path, source: str) -> str:
         raise UserError(f"'{source}' is already compressed: start from the dense checkpoint it was made of.")
     if config.get("quantization_config"):
         raise UserError(f"'{source}' is quantised: compress the unquantised checkpoint, and quantise the result.")
-    return checked_architecture(config, source, SUPPORTED)
+    architecture = checked_architecture(config, source, SUPPORTED)
+    _check_problem(config, source)
+    return architecture
+
+
+def _check_problem(config: dict[str, Any], source: str) -> None:
+    """Statistics, probabilities and agreement are those of a choice among classes."""
+    kind, labels = config.get("problem_type"), LowRankViTConfig(**_label_fields(config)).num_labels
+    if (labels or 0) < 2 or kind not in (None, "single_label_classification"):
+        raise UserError(
+            f"'{source}' does not choose one of several classes ({labels} labels, problem type {kind or 'not set'}), "
+            "which is what can be compressed."
+        )
 
 
 def checked_architecture(config: dict[str, Any], source: str, supported: Sequence[str]) -> str:
@@ -400,9 +416,13 @@ def checked_architecture(config: dict[str, Any], source: str, supported: Sequenc
 
 def _check_sizes(config: dict[str, Any], source: str) -> None:
     """Refuse absurd sizes in a config.json before transformers makes layers, labels or weights of them."""
-    fields = {name: config[name] for name in (*_SHARED_FIELDS, "num_labels", "id2label") if name in config}
+    fields = {name: config[name] for name in _SHARED_FIELDS if name in config}
     with as_user_error(f"config.json of '{source}' cannot be used"):
-        LowRankViTConfig(**fields)
+        LowRankViTConfig(**fields, **_label_fields(config))
+
+
+def _label_fields(config: dict[str, Any]) -> dict[str, Any]:
+    return {name: config[name] for name in ("num_labels", "id2label") if name in config}
 
 
 def check_weights(folder: Path, source: str, architecture: Any, config: Any) -> None:

@@ -124,7 +124,7 @@ class ImageStream:
                 encoded = _encoded(row[self._image_column])
                 image = decode_image(encoded)
             except _UnreadableImageError as error:
-                self._skip(f"image {position}{_path_of(row[self._image_column])}: {error}")
+                self._skip(f"image {position}{_name_of(row[self._image_column], self._location)}: {error}")
                 continue
             digest.update(encoded)
             read += 1
@@ -243,9 +243,15 @@ def _download(url: str) -> bytes:
         raise RunError(f"'{url}': cannot be downloaded ({reason(error)}).") from error
 
 
-def _path_of(value: Any) -> str:
+def _name_of(value: Any, location: str) -> str:
+    """An address, or a path inside the data set; of any other path only the last part, since records are published."""
     path = (value or {}).get("path")
-    return f" ({without_secrets(path)})" if path else ""
+    if not path:
+        return ""
+    if "://" not in path:
+        inside = Path(path).is_relative_to(location)
+        path = str(Path(path).relative_to(location)) if inside else Path(path).name
+    return f" ({without_secrets(path)})"
 
 
 # ------------------------------------------------------------------------------------------------------- opening a set

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from .recipe import OURS, CompressionRecipe
+from .recipe import OURS, TRAINED, CompressionRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,8 @@ def model_card(record: dict[str, Any], *, picture: str | None = None) -> str:
         removed=f"{100 * reduction:.1f} %",
         dense={"parameters": _millions(source["parameters"])},
         small={"parameters": _millions(record["parameters"])},
-        method=_method(record.get("recipe", {}), probed="probes" in record),
+        method=_method(record),
+        mode="L" if record.get("num_channels") == 1 else "RGB",
         place=Markup(_place(None, "main")),
         picture=picture,
         rows=_rows(record),
@@ -122,9 +123,12 @@ def model_card(record: dict[str, Any], *, picture: str | None = None) -> str:
     )
 
 
-def _method(recipe: dict[str, Any], probed: bool) -> list[str]:
+def _method(record: dict[str, Any]) -> list[str]:
     """What was done, in sentences."""
+    recipe = record.get("recipe", {})
     preset, compensation = recipe.get("preset", OURS), recipe.get("compensation")
+    by_blocks, whole = (record.get(stage, {}).get("kept", False) for stage in ("gradient", "distillation"))
+    undone = ", since what training was tried left it no nearer to the dense model" * (compensation in TRAINED)
     low_rank = " (and a low-rank bypass or projection of the patches where that pays),"
     sizes = ", as many everywhere," if recipe.get("native") else low_rank
     made = (
@@ -137,7 +141,7 @@ def _method(recipe: dict[str, Any], probed: bool) -> list[str]:
     sentences = [
         (True, made),
         (
-            probed,
+            "probes" in record,
             "They were chosen again by what each size was worth once the others had been refitted, which was measured.",
         ),
         (
@@ -145,13 +149,13 @@ def _method(recipe: dict[str, Any], probed: bool) -> list[str]:
             "The weights that remain were refitted in closed form, block by block, so that the tokens meet those of "
             "the dense model.",
         ),
-        (compensation in ("gradient", "distill"), "Its blocks were then trained one by one towards the dense ones."),
+        (by_blocks, "Its blocks were then trained one by one towards the dense ones."),
         (
-            compensation == "distill",
+            whole,
             f"The whole was then trained on the dense model's outputs, {'and' if recipe.get('labels') else 'without'} "
             "labels.",
         ),
-        (compensation in ("none", "closed-form"), "Nothing was trained."),
+        (not by_blocks and not whole, f"Nothing was trained{undone}."),
     ]
     return [sentence for said, sentence in sentences if said]
 

@@ -141,4 +141,7 @@ def _with_size(plan: RankPlan, layer: int, candidates: BlockCandidates, piece: i
     sizes = list(getattr(plan, _PIECES[piece]))
     sizes[layer] = own
     changed: dict[str, Any] = {_PIECES[piece]: sizes}
+    if _PIECES[piece] == "mlp_widths" and size == len(candidates.width.order):
+        # Nothing is left for a bypass to stand in for.
+        changed["bypass_ranks"] = [0 if other == layer else rank for other, rank in enumerate(plan.bypass_ranks)]
     return replace(plan, **changed)

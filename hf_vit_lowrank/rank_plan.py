@@ -206,7 +206,7 @@ def smallest_config(config: LowRankViTConfig, multiple: int, cost: str, native: 
 
     smallest = RankPlan(
         query_key_ranks=[spread(heads) for _ in range(layers)],
-        value_output_ranks=[spread(SMALLEST_SIZE) for _ in range(layers)],
+        value_output_ranks=[spread(heads if native else SMALLEST_SIZE) for _ in range(layers)],
         mlp_widths=[min(multiple, width)] * layers,
         bypass_ranks=[0] * layers,
         predicted_loss=math.nan,

@@ -27,6 +27,7 @@ def compression_record(
         "source": {**source_record(dense), "parameters": dense.parameters, "card": dense.card},
         "recipe": recipe.to_dict(),
         "calibration": calibration,
+        "num_channels": dense.model.config.num_channels,
         "dense_parameters": dense.parameters,
         "dense_flops": plan_cost(dense.model.config, "flops", recipe.native),
         "remote_code": not recipe.native,

@@ -69,8 +69,8 @@ class RunFolder:
         return self.folder is not None and processes.from_main(self._file(stage).is_file())
 
     def is_begun(self) -> bool:
-        """Whether any stage, or block of one, was finished."""
-        return self.folder is not None and processes.from_main(any(self.folder.glob("**/*.pt")))
+        """Whether any stage, or block of one, was finished; for the main process alone."""
+        return self.folder is not None and any(self.folder.glob("**/*.pt"))
 
     def load(self, stage: str) -> Any:
         """The result of a finished stage. Raises RunError where its file cannot be read."""

@@ -12,7 +12,7 @@ from .calibration import AGREEMENT_SHARE, Calibrated, calibrate, held_back_agree
 from .charts import size_chart
 from .compress import build
 from .errors import UserError
-from .evaluation import count_flops, evaluate_classifier
+from .evaluation import class_of_label, count_flops, evaluate_classifier
 from .images import ImageStream
 from .recipe import CompressionRecipe
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
@@ -60,6 +60,8 @@ def sweep(
         device=device,
     )
     dense, rows = calibrated.dense, []
+    if dataset is not None and dataset.description["label_column"] is not None:
+        class_of_label(dataset, dense.model)  # classes that cannot be matched are refused before a size is built
     for size in reductions:
         result = build(calibrated, replace(recipe, reduction=size))
         accuracy, dense_accuracy = _accuracies(calibrated, result.model, dataset)

@@ -201,6 +201,7 @@ def sentence(done: subprocess.CompletedProcess[str]) -> str:
         (("--max-parameters", "lots"), "34.6M"),
         (("--max-parameters", "10"), "ask for at least"),
         (("--reduction", "0.5", "--image-column", "photo"), "image"),
+        (("--reduction", "0.5", "--label-column", "name"), "does not exist"),
         (("--reduction", "0.5", "--smoke"), "--smoke goes with --compensation distill"),
         (("--reduction", "0.5", "--distill-epochs", "5"), "--distill-epochs goes with --compensation distill"),
     ],

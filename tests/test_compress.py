@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from datasets import ClassLabel, load_dataset
 
 import hf_vit_lowrank
 from hf_vit_lowrank.calibration import calibrate, held_back_agreement, held_back_divergence
@@ -173,6 +174,17 @@ def test_sweep_writes_table_and_picture(digits_model, digits_data, tmp_path):
     table = (tmp_path / "sweep.md").read_text()
     assert [line.split()[1] for line in table.splitlines()[2:]] == ["dense", "30", "60"]
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sweep_refuses_other_classes_before_it_builds(digits_model, digits_data, tmp_path, monkeypatch):
+    data = load_dataset("parquet", data_files=str(digits_data.validation), split="train").select(range(10))
+    data.cast_column("label", ClassLabel(names=[f"animal {i}" for i in range(10)])).to_parquet(tmp_path / "a.parquet")
+    monkeypatch.setattr("hf_vit_lowrank.sweep.build", None)
+    with pytest.raises(UserError, match="no single class of the model answers to"):
+        sweep(
+            str(digits_model), str(digits_data.calibration), [0.3], replace(RECIPE, samples=16),
+            dataset=open_images(str(tmp_path / "a.parquet"), seed=None), output=tmp_path / "sweep", device="cpu",
+        )  # fmt: skip
 
 
 def test_query_key_and_value_ranks_differ_between_heads(halved):

@@ -31,7 +31,7 @@ from hf_vit_lowrank.checkpoint import load_checkpoint
 from hf_vit_lowrank.compensation import gradient
 from hf_vit_lowrank.compress import compress
 from hf_vit_lowrank.dense import load_dense
-from hf_vit_lowrank.errors import RunError
+from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.images import load_image_processor, open_images, pixel_batches
 from hf_vit_lowrank.linalg import eigh
 from hf_vit_lowrank.out_of_memory import with_smaller_batches
@@ -202,6 +202,27 @@ def test_fault_06_eigh_fails_on_the_device(caplog):
     assert "once more on the CPU" in caplog.text
     with pytest.raises(RunError, match="Moments of the activations are not finite"):
         eigh(matrix * torch.nan)
+
+
+def test_fault_07_a_run_does_not_go_on_with_another_processor_or_configuration(copied, pictures, tmp_path):
+    calibration, run = open_images(str(pictures), samples=8), tmp_path / "run"
+    recipe = CompressionRecipe(reduction=0.4, samples=8, rank_multiple=1)
+    compress(str(copied), calibration, recipe, device="cpu", run_folder=run)
+    _edit_config(copied, layer_norm_eps=0.5)
+    with pytest.raises(UserError, match=r"config.layer_norm_eps \(1e-12 there, 0.5 here\)"):
+        compress(str(copied), calibration, recipe, device="cpu", run_folder=run)
+    _edit_config(copied, layer_norm_eps=1e-12)
+    size = {"height": SIZE, "width": SIZE}
+    ViTImageProcessorPil(size=size, image_mean=[0.1, 0.1, 0.1]).save_pretrained(copied)
+    with pytest.raises(UserError, match=r"image_processor.image_mean"):
+        compress(str(copied), calibration, recipe, device="cpu", run_folder=run)
+
+
+def test_fault_12_a_processor_for_another_size_is_named(copied, pictures, tmp_path):
+    ViTImageProcessorPil(size={"height": 8, "width": 8}).save_pretrained(copied)
+    said = failed(call(*compression(copied, pictures, tmp_path / "out")), 2)
+    assert f"makes images of (channels, height, width) (3, 8, 8), and its model takes (3, {SIZE}, {SIZE})" in said
+    assert not list(tmp_path.glob(".out.run"))
 
 
 @pytest.mark.parametrize("preset", ["svd", "kfac-svd", "paper"])
@@ -480,7 +501,12 @@ def test_fault_23_what_cannot_be_compressed_is_refused_by_name(source, compresse
     assert "holds ViTModel; supported are ViTForImageClassification, DeiTForImageClassification" in said
     _edit_config(copied, quantization_config={"quant_method": "bitsandbytes"})
     assert "is quantised: compress the unquantised" in failed(call(*compression(copied, pictures, output)), 2)
-    _edit_config(copied, quantization_config=None, architectures=["SwinForImageClassification"])
+    _edit_config(copied, quantization_config=None, problem_type="multi_label_classification")
+    said = failed(call(*compression(copied, pictures, output)), 2)
+    assert "does not choose one of several classes" in said
+    _edit_config(copied, problem_type=None, id2label={"0": "price"}, label2id={"price": 0})
+    assert "(1 labels, problem type not set)" in failed(call(*compression(copied, pictures, output)), 2)
+    _edit_config(copied, architectures=["SwinForImageClassification"])
     assert "holds SwinForImageClassification; supported are" in failed(call(*compression(copied, pictures, output)), 2)
     assert not output.exists()
 
@@ -499,6 +525,14 @@ def test_fault_24_impossible_size_names_the_smallest_before_any_image_is_read(pr
     assert record_of(tmp_path / "out")["parameters"] <= smallest
     options = (*wanted, "--max-parameters", smallest - 1)
     assert f"still has {smallest:,};" in failed(call(*compression(source, folder, tmp_path / "no", *options)), 2)
+
+
+def test_fault_24_the_smallest_native_size_can_be_reached(source, pictures, tmp_path):
+    options = ("--native", "--compensation", "none", "--samples", 8)
+    said = failed(call(*compression(source, pictures, tmp_path / "out", *options, "--max-parameters", 10)), 2)
+    smallest = int(said.split("still has ")[1].split(";")[0].replace(",", ""))
+    succeeded(call(*compression(source, pictures, tmp_path / "out", *options, "--max-parameters", smallest)))
+    assert record_of(tmp_path / "out")["parameters"] == smallest
 
 
 def test_fault_24_sizes_that_are_no_sizes(source, pictures, tmp_path):

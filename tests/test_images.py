@@ -317,6 +317,14 @@ def test_one_broken_image_is_skipped_listed_and_replaced(tmp_path, caplog):
     assert len(stream.skipped) == 1
 
 
+def test_a_broken_image_is_named_inside_its_folder(tmp_path):
+    root = image_folder(tmp_path / "set", *(f"a/{place:03}.png" for place in range(5)))
+    (root / "a" / "002.png").write_bytes(b"no image")
+    stream = open_images(str(root), seed=None)
+    list(stream)
+    assert stream.skipped == ["image 2 (a/002.png): cannot identify image file"]
+
+
 def test_truncated_jpeg_and_dangling_path_are_unreadable(tmp_path):
     root = image_folder(tmp_path / "set", *(f"{i:03}.png" for i in range(200)))
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)

@@ -123,6 +123,21 @@ def test_a_card_takes_accuracies_from_a_report_and_leaves_speed():
 # ------------------------------------------------------------------------------------------------------- make it again
 
 
+def test_training_that_was_undone_is_not_claimed():
+    kept, undone = {"kept": True}, {"kept": False}
+    trained = {**RECORD, "recipe": {"reduction": 0.5, "compensation": "distill"}}
+    card = model_card({**trained, "gradient": kept, "distillation": undone})
+    assert "trained one by one" in card
+    assert "The whole was then trained" not in card
+    card = model_card({**trained, "gradient": undone, "distillation": undone})
+    assert "Nothing was trained, since what training was tried left it no nearer" in card
+
+
+def test_a_model_of_grayscale_images_is_shown_one():
+    assert 'Image.new("RGB"' in model_card(RECORD)
+    assert 'Image.new("L"' in model_card({**RECORD, "num_channels": 1})
+
+
 def test_command_line_has_what_is_not_default():
     (command,) = bash_blocks(model_card(RECORD))
     assert shlex.split(command) == [

@@ -53,6 +53,14 @@ def test_factors_are_within_bounds_and_rise_with_the_worth(worth):
     assert [factor for _, factor in pairs] == sorted(factor for _, factor in pairs)
 
 
+def test_a_whole_mlp_is_probed_without_its_bypass(calibrated):
+    plan = recipe_ranks(calibrated.dense, calibrated.candidates, calibrated.embedding, RECIPE)
+    plan = replace(plan, bypass_ranks=[3] * len(plan.bypass_ranks))
+    candidate, width = calibrated.candidates[1], calibrated.dense.model.config.intermediate_size
+    assert probing._with_size(plan, 1, candidate, 2, width).bypass_ranks == [3, 0, *plan.bypass_ranks[2:]]
+    assert probing._with_size(plan, 1, candidate, 2, width - 1).bypass_ranks == plan.bypass_ranks
+
+
 def test_worth_is_what_the_whole_model_loses(calibrated, monkeypatch):
     monkeypatch.setattr(probing, "STEP", 1 / 4)
     worth = probe_sizes(calibrated, RECIPE, NOWHERE)["worth"]

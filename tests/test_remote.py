@@ -362,6 +362,18 @@ def test_what_fills_heads_up_is_made_again_on_loading(image_processor, tmp_path:
         torch.testing.assert_close(loaded(pixels).logits, model(pixels).logits, atol=0, rtol=0)
 
 
+@torch.no_grad()
+def test_a_model_made_on_the_meta_device_can_be_filled():
+    model, pixels = make_model(ragged_config()), make_pixels(ragged_config())
+    with torch.device("meta"):
+        empty = LowRankViTForImageClassification(ragged_config())
+    assert {tensor.device.type for tensor in (*empty.parameters(), *empty.buffers())} == {"meta"}
+    filled = empty.to_empty(device="cpu").eval()
+    filled.load_state_dict(model.state_dict())
+    with patch.object(LowRankViTAttention, "_is_fused", return_value=True):  # as on a GPU
+        torch.testing.assert_close(filled(pixels).logits, model(pixels).logits, atol=0, rtol=0)
+
+
 def test_an_accelerator_gets_what_its_fused_kernels_want(monkeypatch):
     """One head size for all, a multiple of 8, rows without gaps, no mask: flash attention asks for these on CUDA."""
     calls, attention = [], torch.nn.functional.scaled_dot_product_attention

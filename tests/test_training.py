@@ -17,6 +17,7 @@ from transformers import ViTImageProcessor
 from hf_vit_lowrank.augmentation import KEPT_SIZE, RandomViews
 from hf_vit_lowrank.calibration import calibrate, held_back_confidence, held_back_divergence
 from hf_vit_lowrank.checkpoint import load_checkpoint
+from hf_vit_lowrank.compensation import steps
 from hf_vit_lowrank.compensation.gradient import compensate_gradient
 from hf_vit_lowrank.compress import build
 from hf_vit_lowrank.errors import UserError
@@ -120,6 +121,11 @@ def test_the_confidence_of_the_dense_model_is_found_again(calibrated, sureness):
 def test_a_trained_model_cannot_be_nearer_by_confidence_alone(calibrated, trained):
     assert held_back_confidence(calibrated, trained.model) == pytest.approx(1.0, rel=1e-3)
     assert trained.report["gradient"]["confidence"] != 1.0
+
+
+def test_few_held_back_images_do_not_tell_how_sure_a_model_is(calibrated, trained):
+    few = replace(calibrated, held_back=[calibrated.held_back[0][:19]], expected=calibrated.expected[:19])
+    assert steps._match_confidence(few, copy.deepcopy(trained.model)) == 1.0
 
 
 def test_views_are_trained_on_but_not_refitted_on(calibrated, monkeypatch):

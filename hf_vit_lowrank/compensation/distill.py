@@ -211,10 +211,12 @@ def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _relative_errors(student: Tensor, teacher: Tensor, part: slice, num_read: int) -> Tensor:
     """Mean squared error of a part of the batch, relative to the variance of the whole batch of the teacher: that of
-    the tokens read plus half that of all tokens. (blocks, images, tokens, d) both; one error a block."""
+    the tokens read (of all tokens where the batch is one image) plus half that of all tokens. (blocks, images, tokens,
+    d) both; one error a block."""
     errors, read = (student - teacher[:, part]).square(), teacher[:, :, :num_read]
-    scale = read.var(1, correction=0).mean((1, 2)).clamp_min(SMALLEST_VARIANCE)
     all_scale = teacher.var((1, 2), correction=0).mean(1).clamp_min(SMALLEST_VARIANCE)
+    several = teacher.shape[1] > 1
+    scale = read.var(1, correction=0).mean((1, 2)).clamp_min(SMALLEST_VARIANCE) if several else all_scale
     return errors[:, :, :num_read].mean((1, 2, 3)) / scale + 0.5 * errors.mean((1, 2, 3)) / all_scale
 
 

@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 # Images on which the drift of each block is measured, for the report.
 DRIFT_IMAGES = 64
+# Held-back images that tell how sure a model is of itself.
+FEWEST_IMAGES = 20
 
 
 def compensate(
@@ -145,8 +147,9 @@ def _train_blocks(
 @torch.no_grad()
 def _match_confidence(calibrated: Calibrated, model: LowRankViTForImageClassification) -> float:
     """Multiply the logits so that the model is as sure of itself as the dense one: errors of the stream and ridges make
-    it less sure. Which class comes first stays the same. Returns the factor."""
-    factor = held_back_confidence(calibrated, model)
+    it less sure. Which class comes first stays the same. Returns the factor, 1 where few images are held back."""
+    images = processes.total(sum(map(len, calibrated.held_back)))
+    factor = held_back_confidence(calibrated, model) if images >= FEWEST_IMAGES else 1.0
     for head in (model.classifier, model.distillation_classifier):
         for parameter in [] if head is None else head.parameters():
             parameter.mul_(factor)

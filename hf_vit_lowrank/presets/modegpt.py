@@ -126,6 +126,7 @@ def _collect(model: LowRankViTForImageClassification, embeddings: Sequence[Tenso
         seen = collected[layer]
         seen.key.add(trace.key.transpose(0, 1).flatten(1, 2))
         seen.value.add(trace.value.transpose(0, 1).flatten(1, 2))
-        cosine = torch.nn.functional.cosine_similarity(trace.before.double(), trace.after.double(), dim=-1)
+        before, after = trace.before.cpu().double(), trace.after.cpu().double()
+        cosine = torch.nn.functional.cosine_similarity(before, after, dim=-1)
         seen.distance += float((1 - cosine).sum())
     return collected

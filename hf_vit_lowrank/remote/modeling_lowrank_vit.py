@@ -149,7 +149,7 @@ class LowRankViTAttention(nn.Module):
         self.fused_size = -(-max(ranks) // 8) * 8
         self.is_padded = any(rank != self.fused_size for rank in ranks)
         for name, values in self.padding().items():
-            self.register_buffer(name, values, persistent=False)
+            self.register_buffer(name, values.to(torch.empty(0).device), persistent=False)
 
     def padding(self) -> dict[str, torch.Tensor]:
         """How heads are filled up to one size, and cut again: the column that each column comes from, by buffer.
@@ -171,6 +171,15 @@ class LowRankViTAttention(nn.Module):
                 "key_value_columns": columns.flatten(),
                 "context_columns": kept[heads:].flatten().nonzero().flatten(),
             }
+
+    def fill_padding(self) -> None:
+        """Write the buffers anew: no checkpoint holds them, and a model made on the meta device has lost them."""
+        for name, values in self.padding().items():
+            getattr(self, name).copy_(values)
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        super()._load_from_state_dict(*arguments, **options)
+        self.fill_padding()
 
     def forward(
         self, hidden_states: torch.Tensor, num_queries: int | None = None, output_attentions: bool = False
@@ -221,11 +230,10 @@ class LowRankViTAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         key, value = key_value.split([sum(self.query_key_ranks), sum(self.value_output_ranks)], dim=-1)
         # Every call costs microseconds, so there are as few as can be; a softmax adds in float32 whatever it is given.
-        heads = zip(
+        heads = zip(  # noqa: B905  (Python 3.9, which transformers 4.57 runs on, has no `strict`)
             query.split(self.query_key_ranks, -1),
             key.transpose(1, 2).split(self.query_key_ranks, 1),
             value.split(self.value_output_ranks, -1),
-            strict=True,
         )
         contexts, attentions = [], []
         for head_query, head_key, head_value in heads:
@@ -301,9 +309,7 @@ class LowRankViTPreTrainedModel(PreTrainedModel):
                 if (parameter := getattr(module, name)) is not None:
                     init.trunc_normal_(parameter, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, LowRankViTAttention):
-            # No checkpoint holds them, and loading makes the model on the meta device.
-            for name, values in module.padding().items():
-                getattr(module, name).copy_(values)
+            module.fill_padding()
 
 
 def _initialisers() -> Any:

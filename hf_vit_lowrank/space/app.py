@@ -27,12 +27,13 @@ class Classifier:
         self.processor = AutoImageProcessor.from_pretrained(source, revision=revision)
         self.model = AutoModelForImageClassification.from_pretrained(source, revision=revision, trust_remote_code=code)
         self.model.eval()
+        self.mode = "L" if self.model.config.num_channels == 1 else "RGB"
         self.classify(Image.new("RGB", (64, 64)))  # the first pass is slower than all others
 
     @torch.inference_mode()
     def classify(self, image: Image.Image) -> tuple[dict[str, float], str]:
         """The best classes with their probabilities, and a line about time and size."""
-        inputs = self.processor(image, return_tensors="pt")
+        inputs = self.processor(image.convert(self.mode), return_tensors="pt")
         start = time.perf_counter()
         probabilities = self.model(**inputs).logits.softmax(-1)[0]
         milliseconds = 1000 * (time.perf_counter() - start)
