@@ -126,7 +126,7 @@ class _Prober:
 
         step, worth = max(int(STEP * config.hidden_size), 1), []
         chosen = sum(plan.query_key_ranks[layer]), sum(plan.value_output_ranks[layer]), plan.mlp_widths[layer]
-        curves = candidate.curves(_FREE, self.recipe.query_key_weight, self.recipe.rank_multiple)
+        curves = candidate.curves(_FREE, self.recipe.query_key_weight, self.recipe.rank_multiple, plan.last_width)
         for piece, (size, curve) in enumerate(zip(chosen, curves, strict=True)):
             sizes = max(size - step, curve.sizes[0]), min(size + step, curve.largest)
             smaller, larger = (divergence(_with_size(plan, layer, candidate, piece, other)) for other in sizes)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .allocation import SMALLEST_SIZE, ErrorCurve, ImpossibleBudgetError, allocate, allocate_pair, hull_corners
-from .candidates.block import BlockCandidates, UnitCosts
+from .candidates.block import LAST_WIDTH_WEIGHT, BlockCandidates, UnitCosts, last_width_weight
 from .candidates.embedding import EmbeddingCandidates
 from .errors import UserError
 from .remote.configuration_lowrank_vit import LowRankViTConfig
@@ -26,7 +26,8 @@ _NO_BYPASS = ErrorCurve(np.zeros(1), 0, smallest=0)
 @dataclass(frozen=True)
 class RankPlan:
     """Per layer (and head): inner sizes of query-key, of value-output, of the MLP and the bypass around it; the rise of
-    the loss; and the ranks of the pieces of the embeddings that are not whole."""
+    the loss; the ranks of the pieces of the embeddings that are not whole; and the factor on the error curve of the last
+    MLP, with which the plan was chosen."""
 
     query_key_ranks: list[list[int]]
     value_output_ranks: list[list[int]]
@@ -34,6 +35,7 @@ class RankPlan:
     bypass_ranks: list[int]
     predicted_loss: float
     embedding_ranks: dict[str, int] = field(default_factory=dict)
+    last_width: float = LAST_WIDTH_WEIGHT
 
     def apply(self, config: LowRankViTConfig) -> LowRankViTConfig:
         """A copy of a configuration with these sizes."""
@@ -56,6 +58,7 @@ def choose_ranks(
     multiple: int,
     with_bypasses: bool = True,
     embedding: Mapping[str, ErrorCurve] | None = None,
+    last_width: float = LAST_WIDTH_WEIGHT,
 ) -> RankPlan:
     """The plan with the least predicted loss whose pieces cost at most `budget` (the rest of the model not counted).
 
@@ -68,7 +71,8 @@ def choose_ranks(
     Raises:
         ImpossibleBudgetError: the smallest sizes cost more.
     """
-    per_block = [block.curves(cost, query_key_weight, multiple) for block, cost in zip(candidates, costs, strict=True)]
+    pairs = zip(candidates, costs, strict=True)
+    per_block = [block.curves(cost, query_key_weight, multiple, last_width) for block, cost in pairs]
     bypasses, plans, embedding = [_NO_BYPASS] * len(per_block), [], embedding or {}
 
     @cache  # most widths stay from round to round
@@ -85,7 +89,11 @@ def choose_ranks(
 
 
 def choose_native_ranks(
-    candidates: Sequence[BlockCandidates], costs: Sequence[UnitCosts], budget: int, query_key_weight: float
+    candidates: Sequence[BlockCandidates],
+    costs: Sequence[UnitCosts],
+    budget: int,
+    query_key_weight: float,
+    last_width: float = LAST_WIDTH_WEIGHT,
 ) -> RankPlan:
     """One head size (for query-key and value-output alike) and one MLP width for all blocks, and no bypass.
 
@@ -94,7 +102,8 @@ def choose_native_ranks(
     Raises:
         ImpossibleBudgetError: the smallest sizes cost more.
     """
-    per_block = [block.curves(cost, query_key_weight, 1) for block, cost in zip(candidates, costs, strict=True)]
+    pairs = zip(candidates, costs, strict=True)
+    per_block = [block.curves(cost, query_key_weight, 1, last_width) for block, cost in pairs]
     heads, layers = len(candidates[0].query_key.heads), len(candidates)
     shared = [0.5 * query_key_weight * block.query_key.even_errors.numpy() for block in candidates]
     # A value-output curve counts the dimensions of all heads together.
@@ -177,11 +186,15 @@ def budgeted_ranks(
     stay_whole = native or limit >= plan_cost(config, cost)
     largest = {} if stay_whole else largest_embedding_ranks(config, cost, multiple)
     fixed += sum(whole for name, (_, whole) in of_embedding.items() if name not in largest)
+    last_width = last_width_weight(1 - limit / plan_cost(config, cost, native))
+    blocks: Any = (candidates, costs, limit - fixed, query_key_weight)
     try:
         if native:
-            return choose_native_ranks(candidates, costs, limit - fixed, query_key_weight)
-        curves = embedding.curves(largest, {name: unit for name, (unit, _) in of_embedding.items()}, multiple)
-        return choose_ranks(candidates, costs, limit - fixed, query_key_weight, multiple, with_bypasses, curves)
+            plan = choose_native_ranks(*blocks, last_width)
+        else:
+            curves = embedding.curves(largest, {name: unit for name, (unit, _) in of_embedding.items()}, multiple)
+            plan = choose_ranks(*blocks, multiple, with_bypasses, curves, last_width)
+        return replace(plan, last_width=last_width)
     except ImpossibleBudgetError as error:
         raise unreachable(limit, cost, fixed + error.smallest_cost) from error
 
@@ -231,7 +244,7 @@ def curve_records(
             *(sum(plan.query_key_ranks[layer]), sum(plan.value_output_ranks[layer])),
             plan.mlp_widths[layer],
         )
-        curves = block.curves(free, query_key_weight, multiple)
+        curves = block.curves(free, query_key_weight, multiple, plan.last_width)
         for curves_of_kind, curve, size in zip(records.values(), curves, chosen, strict=True):
             curves_of_kind.append(_curve_record(curve, size))
     return records

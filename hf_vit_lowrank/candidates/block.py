@@ -19,9 +19,18 @@ from .value_output import ValueOutputCandidate, value_output_candidate
 # Value-output curves predict too little as well. Chosen on held-back calibration images of DeiT-tiny: at -60 % the KL
 # to the dense model is 2.00, 1.92 and 1.96 nats for factors 1, 2 and 3.
 VALUE_OUTPUT_WEIGHT = 2.0
-# Nothing behind the last MLP makes its errors larger, while those of all others end up as several times what their
-# curves say. Chosen as above, after compensation: see README, trials.
+# Nothing behind the last MLP makes its errors larger, while the more is removed the more do those of all others end up
+# as several times what their curves say. This is the factor on its curve from some size on; where nothing is removed it
+# would be the second, and between it falls in a straight line. Chosen as above, after compensation: see README, trials.
 LAST_WIDTH_WEIGHT = 0.2
+LAST_WIDTH_WEIGHT_WHOLE = 2.0
+LAST_WIDTH_WEIGHT_FROM = 0.4
+
+
+def last_width_weight(removed: float) -> float:
+    """The factor on the error curve of the last MLP in a plan that removes this share of the whole model."""
+    fall = (LAST_WIDTH_WEIGHT_WHOLE - LAST_WIDTH_WEIGHT) * removed / LAST_WIDTH_WEIGHT_FROM
+    return max(LAST_WIDTH_WEIGHT, LAST_WIDTH_WEIGHT_WHOLE - fall)
 
 
 @dataclass(frozen=True)
@@ -54,12 +63,17 @@ class BlockCandidates:
     reads_all_tokens: bool
     factors: tuple[float, ...] = (1.0, 1.0, 1.0)
 
-    def curves(self, costs: UnitCosts, query_key_weight: float, multiple: int) -> list[ErrorCurve]:
-        """Of query-key, value-output and width, in sizes of a multiple; half a squared gradient is a loss."""
+    def curves(
+        self, costs: UnitCosts, query_key_weight: float, multiple: int, last_width: float = LAST_WIDTH_WEIGHT
+    ) -> list[ErrorCurve]:
+        """Of query-key, value-output and width, in sizes of a multiple; half a squared gradient is a loss.
+
+        last_width: see `last_width_weight`.
+        """
         heads, factors = len(self.query_key.heads), [0.5 * factor for factor in self.factors]
         query_key = factors[0] * query_key_weight * self.query_key.errors
         value_output = factors[1] * VALUE_OUTPUT_WEIGHT * self.value_output.elimination.errors
-        width = factors[2] * (1.0 if self.reads_all_tokens else LAST_WIDTH_WEIGHT) * self.width.errors
+        width = factors[2] * (1.0 if self.reads_all_tokens else last_width) * self.width.errors
         return [
             ErrorCurve(query_key.numpy(), costs.query_key, smallest=heads, step=multiple),
             ErrorCurve(value_output.numpy(), costs.value_output, step=multiple),
