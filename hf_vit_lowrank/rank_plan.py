@@ -26,8 +26,8 @@ _NO_BYPASS = ErrorCurve(np.zeros(1), 0, smallest=0)
 @dataclass(frozen=True)
 class RankPlan:
     """Per layer (and head): inner sizes of query-key, of value-output, of the MLP and the bypass around it; the rise of
-    the loss; the ranks of the pieces of the embeddings that are not whole; and the factor on the error curve of the last
-    MLP, with which the plan was chosen."""
+    the loss; the ranks of the pieces of the embeddings that are not whole; and the factor on the last MLP's error curve
+    with which the plan was chosen."""
 
     query_key_ranks: list[list[int]]
     value_output_ranks: list[list[int]]
@@ -187,13 +187,15 @@ def budgeted_ranks(
     largest = {} if stay_whole else largest_embedding_ranks(config, cost, multiple)
     fixed += sum(whole for name, (_, whole) in of_embedding.items() if name not in largest)
     last_width = last_width_weight(1 - limit / plan_cost(config, cost, native))
-    blocks: Any = (candidates, costs, limit - fixed, query_key_weight)
+    blocks = (candidates, costs, limit - fixed, query_key_weight)
     try:
         if native:
-            plan = choose_native_ranks(*blocks, last_width)
+            plan = choose_native_ranks(*blocks, last_width=last_width)
         else:
             curves = embedding.curves(largest, {name: unit for name, (unit, _) in of_embedding.items()}, multiple)
-            plan = choose_ranks(*blocks, multiple, with_bypasses, curves, last_width)
+            plan = choose_ranks(
+                *blocks, multiple=multiple, with_bypasses=with_bypasses, embedding=curves, last_width=last_width
+            )
         return replace(plan, last_width=last_width)
     except ImpossibleBudgetError as error:
         raise unreachable(limit, cost, fixed + error.smallest_cost) from error

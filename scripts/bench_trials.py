@@ -67,6 +67,7 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     "closed form, value-output x1": ({}, [("candidates.block", "VALUE_OUTPUT_WEIGHT", 1.0)]),
     "closed form, value-output x3": ({}, [("candidates.block", "VALUE_OUTPUT_WEIGHT", 3.0)]),
     "closed form, last MLP as the others": ({}, [("candidates.block", "LAST_WIDTH_WEIGHT", 1.0)]),
+    "closed form, last MLP by a fifth": ({}, [("candidates.block", "LAST_WIDTH_WEIGHT_WHOLE", 0.2)]),
     "closed form, sizes in multiples of 1": ({"rank_multiple": 1}, []),
     "closed form, embeddings whole": ({}, [WHOLE_EMBEDDINGS]),
     "closed form, ridge 1e-5": ({}, [("regression", "RIDGES", (1e-5,)), ("regression", "START", 0)]),

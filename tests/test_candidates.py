@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_vit_lowrank.candidates.block import last_width_weight
 from hf_vit_lowrank.candidates.elimination import eliminate
 from hf_vit_lowrank.candidates.query_key import query_key_candidate, query_key_layer
 from hf_vit_lowrank.candidates.value_output import value_output_candidate
@@ -190,3 +191,7 @@ def test_ridge_solve_without_any_variance_is_zero():
     assert torch.equal(
         ridge_solve(zero, torch.zeros(3, 2, dtype=torch.float64), 1e-5), torch.zeros(2, 3, dtype=torch.float64)
     )
+
+
+def test_the_last_mlp_weighs_the_more_the_less_is_removed():
+    assert [last_width_weight(removed) for removed in (0.0, 0.2, 0.4, 0.9)] == pytest.approx([2.0, 1.1, 0.2, 0.2])

@@ -10,6 +10,7 @@ import torch
 from datasets import ClassLabel, load_dataset
 
 import hf_vit_lowrank
+from hf_vit_lowrank.budget import recipe_ranks
 from hf_vit_lowrank.calibration import calibrate, held_back_agreement, held_back_divergence
 from hf_vit_lowrank.checkpoint import load_checkpoint
 from hf_vit_lowrank.compensation.closed_form import compensate_closed_form
@@ -49,6 +50,12 @@ def test_budget_is_kept_and_used(calibrated, reduction, cost):
     used = plan_cost(ranks, cost) / ((1 - reduction) * whole)
     # One unit is a larger share of this small model than of any real one.
     assert 0.99 <= used <= 1.0
+
+
+def test_the_last_mlp_is_weighed_by_what_is_removed(calibrated):
+    recipes = [replace(RECIPE, reduction=reduction) for reduction in (0.1, 0.6)]
+    plans = [recipe_ranks(calibrated.dense, calibrated.candidates, calibrated.embedding, recipe) for recipe in recipes]
+    assert [plan.last_width for plan in plans] == pytest.approx([1.55, 0.2], abs=0.02)
 
 
 def test_inner_sizes_of_a_layer_are_multiples_or_whole(calibrated, halved):
