@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from hf_vit_lowrank.checkpoint import save_checkpoint
 from hf_vit_lowrank.images import load_image_processor
 from hf_vit_lowrank.remote.configuration_lowrank_vit import FACTORABLE, FORMAT_VERSION, LowRankViTConfig
-from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTAttention, LowRankViTForImageClassification
+from hf_vit_lowrank.remote.modeling_lowrank_vit import FEW_IMAGES, LowRankViTAttention, LowRankViTForImageClassification
 
 # One process for all folders, since importing transformers takes seconds. -I leaves out the working directory and
 # PYTHONPATH; the finder also hides an installed package.
@@ -418,3 +418,33 @@ def test_half_precision_load(dtype, image_processor, tmp_path: Path):
     logits = half(pixels).logits  # float32 pixels, as an image processor gives them
     assert logits.dtype == dtype
     torch.testing.assert_close(logits.float(), model(pixels).logits, atol=0.15, rtol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("batch", "is_single"), [(FEW_IMAGES - 1, True), (FEW_IMAGES, False)])
+@torch.no_grad()
+def test_few_images_attend_in_single_precision_on_a_processor(batch, is_single, dtype, monkeypatch):
+    config = ragged_config()
+    model, pixels = make_model(config, "eager"), make_pixels(config, batch=batch)
+    expected = model(pixels, output_attentions=True)
+    half, seen, product = model.to(dtype), set(), torch.bmm
+
+    def watched(one, other):
+        seen.update((one.dtype, other.dtype))
+        return product(one, other)
+
+    monkeypatch.setattr(torch, "bmm", watched)
+    outputs = half(pixels, output_attentions=True)
+    assert seen == {torch.float32 if is_single else dtype}
+    assert {attention.dtype for attention in outputs.attentions} == {outputs.logits.dtype} == {dtype}
+    torch.testing.assert_close(outputs.logits.float(), expected.logits, atol=0.15, rtol=0.05)
+
+
+@torch.no_grad()
+def test_export_in_half_precision_takes_any_number_of_images():
+    model, batch = make_model(ragged_config()).bfloat16(), torch.export.Dim("batch", min=2)
+    pixels = make_pixels(ragged_config()).bfloat16()
+    exported = torch.export.export(model, (pixels,), dynamic_shapes=({0: batch},)).module()
+    for images in (FEW_IMAGES - 1, FEW_IMAGES):
+        more = make_pixels(ragged_config(), batch=images).bfloat16()
+        torch.testing.assert_close(exported(more).logits, model(more).logits, atol=0.1, rtol=0.05)

@@ -25,6 +25,9 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_lowrank_vit import LowRankViTConfig
 
+# A processor takes longer to prepare one head's product in half precision for fewer images than to compute it.
+FEW_IMAGES = 8
+
 
 @dataclass
 class LowRankViTImageClassifierOutput(ImageClassifierOutput):
@@ -228,6 +231,9 @@ class LowRankViTAttention(nn.Module):
     def _head_by_head(
         self, query: torch.Tensor, key_value: torch.Tensor, output_attentions: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        dtype = query.dtype
+        if _is_faster_in_single_precision(query):
+            query, key_value = query.float(), key_value.float()
         key, value = key_value.split([sum(self.query_key_ranks), sum(self.value_output_ranks)], dim=-1)
         # Every call costs microseconds, so there are as few as can be; a softmax adds in float32 whatever it is given.
         heads = zip(  # noqa: B905  (Python 3.9, which transformers 4.57 runs on, has no `strict`)
@@ -243,7 +249,15 @@ class LowRankViTAttention(nn.Module):
             if self.training and self.dropout:
                 attention = nn.functional.dropout(attention, self.dropout)
             contexts.append(torch.bmm(attention, head_value))
-        return torch.cat(contexts, dim=-1), torch.stack(attentions, dim=1) if output_attentions else None
+        context = torch.cat(contexts, dim=-1).to(dtype)
+        return context, torch.stack(attentions, dim=1).to(dtype) if output_attentions else None
+
+
+def _is_faster_in_single_precision(query: torch.Tensor) -> bool:
+    """Whether attention head by head is: of few images in half precision on a processor. A compiled graph, which serves
+    any number of images, stays in the precision of the model."""
+    is_half = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
+    return is_half and not torch.compiler.is_compiling() and len(query) < FEW_IMAGES
 
 
 class LowRankViTMLP(nn.Module):
