@@ -17,7 +17,7 @@ import typer
 from .errors import RunError, UserError, reason, without_secrets
 from .recipe import COMPENSATIONS, COSTS, OURS, PRESETS, TARGETS, CompressionRecipe, read_recipe_file
 
-# Everything that needs time to import is imported inside the commands.
+# What only some of the commands need is imported inside them.
 if TYPE_CHECKING:
     from .images import ImageStream
 
