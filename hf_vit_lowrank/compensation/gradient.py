@@ -2,7 +2,9 @@
 
 Each block's input is the stream that the smaller model really produces, its target the dense stream after the block, so
 that the drift of earlier blocks is corrected. Images that nothing is fitted on decide block by block whether the
-trained weights are kept.
+trained weights are kept. What the last block gets of an image is little but the tokens read, which are soon learnt by
+heart: it is trained on blends of two images' streams, for which the dense block gives the target (mixup, Zhang et al.,
+arXiv 1710.09412, in hidden states as in arXiv 1806.05236, but with the exact answer in place of a blended one).
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ from .drift import moved, tokens_computed
 EPOCHS = 4
 LEARNING_RATE = 1e-3
 WARM_UP_STEPS = 20
+# Of the second image in a blend: up to so much of it.
+LARGEST_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -75,15 +79,21 @@ def compensate_gradient(
         if refit and not done:
             dense_stream, small_stream = (list(stream[:images].split(size)) for stream in (targets, inputs))
             refit_block(source, block, moments, dense_stream, small_stream, queries, num_read)
-        targets, held_targets = _moved_in_place(source, targets, queries, size), moved(source, held_targets, queries)
+        held_targets = moved(source, held_targets, queries)
+        examples: _Examples
+        if queries is None:
+            targets = _moved_in_place(source, targets, queries, size)
+            examples = _Examples(inputs, targets)
+        else:
+            behind = torch.cat(moved(source, targets.split(size), queries))
+            examples = _Blends(inputs, behind, targets, source, queries, seed)
         if done:
             state, fields = run.load(stage)
             block.load_state_dict(state)
             record = BlockTraining(**fields)
         else:
-            error = _Error(moments, targets, num_read, dense.device, size)
-            held = held_inputs, held_targets
-            record = _train(block, queries, error, (inputs, targets), held, seed + layer, size)
+            error = _Error(moments, examples.targets, num_read, dense.device, size)
+            record = _train(block, queries, error, examples, (held_inputs, held_targets), seed + layer, size)
             run.save(stage, (block.state_dict(), asdict(record)))
         records.append(record)
         inputs, held_inputs = _moved_in_place(block, inputs, queries, size), moved(block, held_inputs, queries)
@@ -95,6 +105,47 @@ def _moved_in_place(block: LowRankViTBlock, stream: Tensor, queries: int | None,
     for batch in stream.split(size):
         batch[:, :queries] = moved(block, [batch], queries)[0]
     return stream[:, :queries]
+
+
+class _Examples:
+    """What a block is trained on: (images, tokens, d) of the smaller stream before it and the dense one behind it."""
+
+    def __init__(self, inputs: Tensor, targets: Tensor):
+        self.inputs, self.targets = inputs, targets
+
+    def move_near(self, device: torch.device) -> None:
+        self.inputs, self.targets = near([self.inputs, self.targets], device)
+
+    def batch(self, chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the images chosen."""
+        return self.inputs[chosen].to(device), self.targets[chosen].to(device)
+
+
+class _Blends(_Examples):
+    """Of the last block: each image with up to LARGEST_SHARE of another one in it.
+
+    dense_inputs: the dense stream before the block `source`, which computes the leading `queries` tokens.
+    """
+
+    def __init__(
+        self, inputs: Tensor, targets: Tensor, dense_inputs: Tensor, source: LowRankViTBlock, queries: int, seed: int
+    ):
+        super().__init__(inputs, targets)
+        self.dense_inputs, self.source, self.queries = dense_inputs, source, queries
+        self.generator = torch.Generator().manual_seed(seed + processes.index())
+
+    def move_near(self, device: torch.device) -> None:
+        self.inputs, self.dense_inputs = near([self.inputs, self.dense_inputs], device)
+
+    def batch(self, chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+        others = torch.randint(len(self.inputs), (len(chosen),), generator=self.generator)
+        shares = LARGEST_SHARE * torch.rand(len(chosen), 1, 1, generator=self.generator).to(device)
+        inputs, dense_inputs = (
+            stream[chosen].to(device).lerp(stream[others].to(device), shares)
+            for stream in (self.inputs, self.dense_inputs)
+        )
+        with torch.no_grad():
+            return inputs, self.source(dense_inputs, self.queries)[0]
 
 
 class _Error:
@@ -122,14 +173,14 @@ def _train(
     block: LowRankViTBlock,
     queries: int | None,
     error: Callable[[Tensor, Tensor], Tensor],
-    fitting: tuple[Tensor, Tensor],
+    examples: _Examples,
     held_back: tuple[list[Tensor], list[Tensor]],
     seed: int,
     size: int,
 ) -> BlockTraining:
     before = _mean_error(block, queries, error, *held_back)
     start = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    _descend(block, queries, error, *fitting, seed, size)
+    _descend(block, queries, error, examples, seed, size)
     after = _mean_error(block, queries, error, *held_back)
     kept = after < before  # false for NaN as well
     if not kept:
@@ -141,14 +192,13 @@ def _descend(
     block: LowRankViTBlock,
     queries: int | None,
     error: Callable[[Tensor, Tensor], Tensor],
-    inputs: Tensor,
-    targets: Tensor,
+    examples: _Examples,
     seed: int,
     size: int,
 ) -> None:
     device, generator = next(block.parameters()).device, torch.Generator().manual_seed(seed)
-    inputs, targets = near([inputs, targets], device)
-    counts = processes.gather(len(inputs))
+    examples.move_near(device)
+    counts = processes.gather(len(examples.inputs))
     first = sum(counts[: processes.index()])
     steps = EPOCHS * -(-sum(counts) // size)
     optimizer = torch.optim.Adam(block.parameters(), LEARNING_RATE)
@@ -159,11 +209,12 @@ def _descend(
     half = half_precision(device)
     for _ in range(EPOCHS):
         for chosen in torch.randperm(sum(counts), generator=generator).split(size):
-            own = chosen[(chosen >= first) & (chosen < first + len(inputs))] - first
+            own = chosen[(chosen >= first) & (chosen < first + len(examples.inputs))] - first
+            inputs, targets = examples.batch(own, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                outputs, _ = block(inputs[own].to(device), queries)
+                outputs, _ = block(inputs, queries)
             optimizer.zero_grad(set_to_none=False)
-            (error(outputs, targets[own].to(device)) * (len(own) / len(chosen))).backward()
+            (error(outputs, targets) * (len(own) / len(chosen))).backward()
             processes.add_up(*(parameter.grad for parameter in block.parameters() if parameter.grad is not None))
             optimizer.step()
             schedule.step()
