@@ -87,6 +87,10 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     "gradient": ({"compensation": "gradient"}, []),
     "gradient, sizes probed": ({"compensation": "gradient", "probe": True}, []),
     "gradient, no random views": ({"compensation": "gradient"}, [("compensation.steps", "VIEWS", 0)]),
+    "gradient, last block not blended": (
+        {"compensation": "gradient"},
+        [("compensation.gradient", "LARGEST_SHARE", 0.0)],
+    ),
     "gradient, 8 passes": ({"compensation": "gradient"}, [("compensation.gradient", "EPOCHS", 8)]),
     "gradient, embeddings whole": ({"compensation": "gradient"}, [WHOLE_EMBEDDINGS]),
     "gradient, bypasses": ({"compensation": "gradient"}, [("budget", "TRAINED", ())]),

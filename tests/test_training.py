@@ -18,7 +18,7 @@ from hf_vit_lowrank.augmentation import KEPT_SIZE, RandomViews
 from hf_vit_lowrank.calibration import calibrate, held_back_confidence, held_back_divergence
 from hf_vit_lowrank.checkpoint import load_checkpoint
 from hf_vit_lowrank.compensation import steps
-from hf_vit_lowrank.compensation.gradient import compensate_gradient
+from hf_vit_lowrank.compensation.gradient import LARGEST_SHARE, _Blends, compensate_gradient
 from hf_vit_lowrank.compress import build
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.images import LabelledImage, open_images
@@ -146,6 +146,30 @@ def test_views_are_trained_on_but_not_refitted_on(calibrated, monkeypatch):
         )
         states.append(model.state_dict())
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
+def test_only_the_last_block_is_trained_on_blends(calibrated, trained, monkeypatch):
+    monkeypatch.setattr("hf_vit_lowrank.compensation.gradient.LARGEST_SHARE", 0.0)
+    without = build(calibrated, RECIPE).model.vit.blocks
+    *others, last = [
+        all(torch.equal(tensor, one.state_dict()[name]) for name, tensor in other.state_dict().items())
+        for one, other in zip(without, trained.model.vit.blocks, strict=True)
+    ]
+    assert all(others)
+    assert not last
+
+
+@torch.no_grad()
+def test_a_blend_is_mostly_its_own_image_and_its_target_exact(calibrated):
+    source, chosen = calibrated.dense.model.vit.blocks[-1], torch.arange(8)
+    inputs = torch.eye(8, source.attention.query.in_features)[:, None].repeat(1, 3, 1)
+    streams = {"inputs": inputs, "targets": inputs[:, :1], "dense_inputs": 2 * inputs}
+    blended, targets = _Blends(**streams, source=source, queries=1, seed=0).batch(chosen, torch.device("cpu"))
+    torch.testing.assert_close(targets, source(2 * blended, 1)[0])
+    torch.testing.assert_close(blended.sum(-1), torch.ones(8, 3))
+    own = blended[chosen, :, chosen]
+    assert own.min() >= 1 - LARGEST_SHARE
+    assert own.max() > own.min()
 
 
 def test_distillation_that_only_harms_leaves_the_start(calibrated, trained):
