@@ -32,7 +32,7 @@ from .drift import moved, tokens_computed
 EPOCHS = 4
 LEARNING_RATE = 1e-3
 WARM_UP_STEPS = 20
-# Of the second image in a blend: up to so much of it.
+# A blend has up to so much of a second image in it.
 LARGEST_SHARE = 0.5
 
 
