@@ -163,8 +163,7 @@ def test_only_the_last_block_is_trained_on_blends(calibrated, trained, monkeypat
 def test_a_blend_is_mostly_its_own_image_and_its_target_exact(calibrated):
     source, chosen = calibrated.dense.model.vit.blocks[-1], torch.arange(8)
     inputs = torch.eye(8, source.attention.query.in_features)[:, None].repeat(1, 3, 1)
-    streams = {"inputs": inputs, "targets": inputs[:, :1], "dense_inputs": 2 * inputs}
-    blended, targets = _Blends(**streams, source=source, queries=1, seed=0).batch(chosen, torch.device("cpu"))
+    blended, targets = _Blends(inputs, 2 * inputs, source, queries=1, seed=0).batch(chosen, torch.device("cpu"))
     torch.testing.assert_close(targets, source(2 * blended, 1)[0])
     torch.testing.assert_close(blended.sum(-1), torch.ones(8, 3))
     own = blended[chosen, :, chosen]

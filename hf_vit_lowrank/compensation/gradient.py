@@ -82,17 +82,17 @@ def compensate_gradient(
         held_targets = moved(source, held_targets, queries)
         examples: _Examples
         if queries is None:
-            targets = _moved_in_place(source, targets, queries, size)
-            examples = _Examples(inputs, targets)
+            behind = targets = _moved_in_place(source, targets, queries, size)
+            examples = _Examples(inputs, behind)
         else:
             behind = torch.cat(moved(source, targets.split(size), queries))
-            examples = _Blends(inputs, behind, targets, source, queries, seed)
+            examples = _Blends(inputs, targets, source, queries, seed)
         if done:
             state, fields = run.load(stage)
             block.load_state_dict(state)
             record = BlockTraining(**fields)
         else:
-            error = _Error(moments, examples.targets, num_read, dense.device, size)
+            error = _Error(moments, behind, num_read, dense.device, size)
             record = _train(block, queries, error, examples, (held_inputs, held_targets), seed + layer, size)
             run.save(stage, (block.state_dict(), asdict(record)))
         records.append(record)
@@ -110,39 +110,35 @@ def _moved_in_place(block: LowRankViTBlock, stream: Tensor, queries: int | None,
 class _Examples:
     """What a block is trained on: (images, tokens, d) of the smaller stream before it and the dense one behind it."""
 
-    def __init__(self, inputs: Tensor, targets: Tensor):
-        self.inputs, self.targets = inputs, targets
+    def __init__(self, *streams: Tensor):
+        self.streams: Sequence[Tensor] = streams
+
+    def __len__(self) -> int:
+        return len(self.streams[0])
 
     def move_near(self, device: torch.device) -> None:
-        self.inputs, self.targets = near([self.inputs, self.targets], device)
+        self.streams = near(self.streams, device)
 
     def batch(self, chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the images chosen."""
-        return self.inputs[chosen].to(device), self.targets[chosen].to(device)
+        inputs, targets = (stream[chosen].to(device) for stream in self.streams)
+        return inputs, targets
 
 
 class _Blends(_Examples):
-    """Of the last block: each image with up to LARGEST_SHARE of another one in it.
+    """Of the last block `source`, which computes the leading `queries` tokens: both streams before it, of which each
+    image gets up to LARGEST_SHARE of another one."""
 
-    dense_inputs: the dense stream before the block `source`, which computes the leading `queries` tokens.
-    """
-
-    def __init__(
-        self, inputs: Tensor, targets: Tensor, dense_inputs: Tensor, source: LowRankViTBlock, queries: int, seed: int
-    ):
-        super().__init__(inputs, targets)
-        self.dense_inputs, self.source, self.queries = dense_inputs, source, queries
+    def __init__(self, inputs: Tensor, dense_inputs: Tensor, source: LowRankViTBlock, queries: int, seed: int):
+        super().__init__(inputs, dense_inputs)
+        self.source, self.queries = source, queries
         self.generator = torch.Generator().manual_seed(seed + processes.index())
 
-    def move_near(self, device: torch.device) -> None:
-        self.inputs, self.dense_inputs = near([self.inputs, self.dense_inputs], device)
-
     def batch(self, chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        others = torch.randint(len(self.inputs), (len(chosen),), generator=self.generator)
+        others = torch.randint(len(self), (len(chosen),), generator=self.generator)
         shares = LARGEST_SHARE * torch.rand(len(chosen), 1, 1, generator=self.generator).to(device)
         inputs, dense_inputs = (
-            stream[chosen].to(device).lerp(stream[others].to(device), shares)
-            for stream in (self.inputs, self.dense_inputs)
+            stream[chosen].to(device).lerp(stream[others].to(device), shares) for stream in self.streams
         )
         with torch.no_grad():
             return inputs, self.source(dense_inputs, self.queries)[0]
@@ -198,7 +194,7 @@ def _descend(
 ) -> None:
     device, generator = next(block.parameters()).device, torch.Generator().manual_seed(seed)
     examples.move_near(device)
-    counts = processes.gather(len(examples.inputs))
+    counts = processes.gather(len(examples))
     first = sum(counts[: processes.index()])
     steps = EPOCHS * -(-sum(counts) // size)
     optimizer = torch.optim.Adam(block.parameters(), LEARNING_RATE)
@@ -209,7 +205,7 @@ def _descend(
     half = half_precision(device)
     for _ in range(EPOCHS):
         for chosen in torch.randperm(sum(counts), generator=generator).split(size):
-            own = chosen[(chosen >= first) & (chosen < first + len(examples.inputs))] - first
+            own = chosen[(chosen >= first) & (chosen < first + len(examples))] - first
             inputs, targets = examples.batch(own, device)
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 outputs, _ = block(inputs, queries)
