@@ -8,7 +8,7 @@ from .candidates.block import BlockCandidates
 from .candidates.embedding import EmbeddingCandidates
 from .dense import DenseSource, dense_parameters, matched_parameters
 from .presets import smallest_parameters
-from .rank_plan import RankPlan, budgeted_ranks, plan_cost, smallest_config, unreachable
+from .rank_plan import RankPlan, budgeted_ranks, plan_cost, smallest_config, stream_size, unreachable
 from .recipe import OURS, TRAINED, CompressionRecipe
 
 
@@ -32,7 +32,15 @@ def recipe_ranks(
 def recipe_limit(dense: DenseSource, recipe: CompressionRecipe) -> int:
     """The most parameters or FLOPs that the recipe allows."""
     in_flops = recipe.cost == "flops"
-    return _allowed(recipe, plan_cost(dense.model.config, "flops", recipe.native) if in_flops else dense.parameters)
+    return _allowed(recipe, plan_cost(dense.config, "flops", recipe.native) if in_flops else dense.parameters)
+
+
+def recipe_stream(dense: DenseSource, recipe: CompressionRecipe) -> int:
+    """Entries of the stream of the smaller model."""
+    whole = dense.parameters if recipe.cost == "parameters" else plan_cost(dense.config, "flops")
+    if recipe.preset != OURS or recipe.native:
+        return dense.config.hidden_size
+    return stream_size(dense.config, 1 - recipe_limit(dense, recipe) / whole)
 
 
 def _allowed(recipe: CompressionRecipe, whole: int) -> int:

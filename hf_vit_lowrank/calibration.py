@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import zip_longest
 from typing import Any
@@ -18,7 +18,7 @@ from torch.nn.functional import kl_div
 from . import processes
 from .augmentation import RandomViews
 from .bisection import last_that_fits
-from .budget import check_reachable
+from .budget import check_reachable, recipe_stream
 from .candidates.block import BlockCandidates, block_candidates
 from .candidates.embedding import EmbeddingCandidates, embedding_candidates
 from .dense import DenseSource, load_dense, require_free_head_sizes
@@ -26,7 +26,8 @@ from .embeddings import embedded_by, whole_positions
 from .errors import UserError
 from .evaluation import class_of_label, pick_device
 from .images import ImageStream, Share, open_images, pixel_batches
-from .memory import MemoryPlan, memory_plan
+from .memory import memory_plan
+from .narrowing import MOST_IMAGES, entries, narrowed, stream_basis
 from .out_of_memory import with_smaller_batches
 from .precision import half_precision
 from .presets.inputs import PresetInputs
@@ -53,37 +54,108 @@ class Calibrated:
 
     images_at_once: how many of a batch the statistics and the refits work on.
     native: whether the candidates are for a plan that transformers' own classes can hold.
-    held_back, expected: embeddings of images that nothing is fitted on, the last of the stream, and the dense model's
+    teacher: the dense model; `dense` may be a narrower one, which embeddings, statistics and streams then are of.
+    held_back, expected: embeddings of images that nothing is fitted on, the last of the stream, and the teacher's
         logits for them, if some were asked for.
+    group: how many blocks' moments are collected at once and parked in `run`; None where all are kept.
+    narrowed: those of narrower streams that were made already, by their number of entries.
     """
 
     dense: DenseSource
+    teacher: LowRankViTForImageClassification
     images: ImageStream
     fitting: list[Tensor]
     held_back: list[Tensor]
     expected: Tensor
-    statistics: Sequence[BlockStatistics]
     calibration: dict[str, Any]
     seed: int
     images_at_once: int
     native: bool
     seconds: dict[str, float]
-    parking: RunFolder = NOWHERE
+    run: RunFolder = NOWHERE
+    group: int | None = None
+    narrowed: dict[int, Calibrated] = field(default_factory=dict)
+
+    def narrower(self, recipe: CompressionRecipe) -> Calibrated:
+        """The same for the stream of a recipe's size, which is learned when first asked for."""
+        size = recipe_stream(self.dense, recipe)
+        if size == self.dense.model.config.hidden_size:
+            return self
+        if size not in self.narrowed:
+            self.narrowed[size] = self._with_stream(size, self.run.part(f"stream-{size}"))
+        return self.narrowed[size]
+
+    def _with_stream(self, size: int, run: RunFolder) -> Calibrated:
+        def learn() -> Tensor:
+            # Every process learns the same, from the images of all.
+            a_round = processes.count() * max(processes.gather(len(self.fitting[0])))
+            images = torch.cat(self._fitting_of_all(-(-MOST_IMAGES // a_round)))[:MOST_IMAGES]
+            return with_smaller_batches(
+                "Stream",
+                lambda at_once: stream_basis(self.dense.model, images, size, self.seed, at_once),
+                self.images_at_once,
+            )
+
+        with timed(self.seconds, "stream"), torch.enable_grad():
+            basis = processes.from_main(run.stage("stream", learn))
+            model, change = narrowed(self.dense.model, basis).requires_grad_(False), entries(basis).float()
+        return replace(
+            self,
+            dense=replace(self.dense, model=model),
+            fitting=[batch @ change for batch in self.fitting],
+            held_back=[batch @ change for batch in self.held_back],
+            run=run,
+            narrowed={},
+        )
+
+    @cached_property
+    def statistics(self) -> Sequence[BlockStatistics]:
+        """Of all blocks; where memory is limited they are on disk, and read when they are asked for."""
+        with timed(self.seconds, "statistics"), torch.enable_grad():
+            if self.group is None:
+                return self.run.stage("statistics", lambda: self._collected(None))
+            layers = range(self.dense.model.config.num_hidden_layers)
+            for start in layers[:: self.group]:
+                self._park_group(layers[start : start + self.group])
+            return self._parking.parked([f"statistics-{layer}" for layer in layers])
+
+    @property
+    def _parking(self) -> RunFolder:
+        return self.run.part("blocks")
+
+    def _park_group(self, layers: range) -> None:
+        """A function of its own, so that one group's moments are gone before the next group's are collected."""
+        if all(self._parking.has(f"statistics-{layer}") for layer in layers):
+            return
+        for layer, moments in zip(layers, self._collected(layers), strict=True):
+            self._parking.save(f"statistics-{layer}", moments)
+
+    def _collected(self, layers: range | None) -> list[BlockStatistics]:
+        model, images = self.dense.model, sum(map(len, self.fitting))
+        half = model.device.type == "cuda" and half_precision(model.device)
+        precision = torch.bfloat16 if half else torch.float32
+
+        def collect(size: int) -> list[BlockStatistics]:
+            tracked = track(self.fitting, "Statistics", images, size=len)
+            return collect_statistics(model, tracked, self.seed, precision, layers, size)
+
+        return with_smaller_batches("Statistics", collect, self.images_at_once)
 
     @cached_property
     def candidates(self) -> Sequence[BlockCandidates]:
         """Error curves and what they come from, one per block; on disk where memory is limited."""
         layers = range(self.dense.model.config.num_hidden_layers)
+        _ = self.statistics  # which take their own time
         with timed(self.seconds, "candidates"):
-            if self.parking is NOWHERE:
+            if self.group is None:
                 own = processes.share(layers)
                 blocks = track(own, "Error curves", len(own), "blocks")
                 shares = processes.gather([self._candidates(layer) for layer in blocks])
                 return [shares[layer % len(shares)][layer // len(shares)] for layer in layers]
             # Every process reads what is parked at the same time, so every process makes all of it.
             for layer in track(layers, "Error curves", len(layers), "blocks"):
-                self.parking.stage(f"candidates-{layer}", partial(self._candidates, layer))
-            return self.parking.parked([f"candidates-{layer}" for layer in layers])
+                self._parking.stage(f"candidates-{layer}", partial(self._candidates, layer))
+            return self._parking.parked([f"candidates-{layer}" for layer in layers])
 
     def _candidates(self, layer: int) -> BlockCandidates:
         block: Any = self.dense.model.vit.blocks[layer]
@@ -93,6 +165,7 @@ class Calibrated:
     def embedding(self) -> EmbeddingCandidates:
         """Error curves of the two pieces of the embeddings, and what they come from."""
         model = self.dense.model
+        gradient = self.statistics[0].attention_gradient
         with timed(self.seconds, "candidates"):
             positions = whole_positions(model.vit.embeddings)[model.config.num_prefix_tokens :]
             projections = Moments.zeros(model.config.hidden_size)
@@ -100,14 +173,17 @@ class Calibrated:
                 projected = batch[:, model.config.num_prefix_tokens :] - positions.float()
                 projections.add(projected.flatten(0, 1))
             projections.add_up()
-            return embedding_candidates(projections, positions, self.statistics[0].attention_gradient)
+            return embedding_candidates(projections, positions, gradient)
 
     @cached_property
     def presets(self) -> PresetInputs:
-        """What the other methods are built from; every process gets the images of all, in the order of one process."""
-        rounds = zip_longest(*processes.gather(self.fitting))
-        fitting = [batch for batches in rounds for batch in batches if batch is not None]
-        return PresetInputs(self.dense.model, fitting, self.statistics, self.seed)
+        """What the other methods are built from."""
+        return PresetInputs(self.dense.model, self._fitting_of_all(len(self.fitting)), self.statistics, self.seed)
+
+    def _fitting_of_all(self, batches: int) -> list[Tensor]:
+        """Every process gets the first batches of all, in the order of one process."""
+        rounds = zip_longest(*processes.gather(self.fitting[:batches]))
+        return [batch for batches in rounds for batch in batches if batch is not None]
 
     @cached_property
     def views(self) -> RandomViews:
@@ -188,16 +264,6 @@ def calibrate(
         expected = stream_logits(dense.model, held_back)
     image_sha256 = _joint_sha256(own)
     run.require(image_sha256=image_sha256)
-    with timed(seconds, "statistics"):
-        statistics: Sequence[BlockStatistics]
-        if memory_limit is None:
-            statistics = run.stage(
-                "statistics", lambda: _statistics(dense, fitting, recipe.seed, None, memory.batch_size)
-            )
-            parking = NOWHERE
-        else:
-            parking = run.part("blocks")
-            statistics = _parked_statistics(dense, fitting, recipe.seed, memory, parking)
     about = {
         **calibration.description,
         "images": int(processes.total(sum(map(len, fitting + held_back)))),
@@ -206,51 +272,14 @@ def calibrate(
         "processes": processes.count(),
     }
     return Calibrated(
-        *(dense, calibration, fitting, held_back, expected, statistics, about),
+        *(dense, dense.model, calibration, fitting, held_back, expected, about),
         seed=recipe.seed,
         images_at_once=memory.batch_size,
         native=recipe.native,
         seconds=seconds,
-        parking=parking,
+        run=run,
+        group=None if memory_limit is None else memory.group,
     )
-
-
-def _parked_statistics(
-    dense: DenseSource, embeddings: list[Tensor], seed: int, memory: MemoryPlan, parking: RunFolder
-) -> Sequence[BlockStatistics]:
-    """Collected for a group of blocks at a time, and read from disk whenever they are needed."""
-    layers = range(dense.model.config.num_hidden_layers)
-    for start in layers[:: memory.group]:
-        _park_group(dense, embeddings, seed, layers[start : start + memory.group], memory.batch_size, parking)
-    return parking.parked([f"statistics-{layer}" for layer in layers])
-
-
-def _park_group(
-    dense: DenseSource,
-    embeddings: list[Tensor],
-    seed: int,
-    layers: range,
-    images_at_once: int,
-    parking: RunFolder,
-) -> None:
-    """A function of its own, so that one group's moments are gone before the next group's are collected."""
-    if all(parking.has(f"statistics-{layer}") for layer in layers):
-        return
-    for layer, moments in zip(layers, _statistics(dense, embeddings, seed, layers, images_at_once), strict=True):
-        parking.save(f"statistics-{layer}", moments)
-
-
-def _statistics(
-    dense: DenseSource, embeddings: list[Tensor], seed: int, layers: range | None, images_at_once: int
-) -> list[BlockStatistics]:
-    half = dense.model.device.type == "cuda" and half_precision(dense.model.device)
-    precision = torch.bfloat16 if half else torch.float32
-
-    def collect(size: int) -> list[BlockStatistics]:
-        tracked = track(embeddings, "Statistics", sum(map(len, embeddings)), size=len)
-        return collect_statistics(dense.model, tracked, seed, precision, layers, size)
-
-    return with_smaller_batches("Statistics", collect, images_at_once)
 
 
 @torch.no_grad()

@@ -158,10 +158,11 @@ def plan(
     if recipe.preset != OURS:
         raise UserError(f"A plan is made by preset '{OURS}' only: use compress for '{recipe.preset}'.")
     calibrated = calibrate(source, calibration, recipe, revision=revision, allow_pickle=allow_pickle, device=device)
+    calibrated = calibrated.narrower(recipe)
     dense, candidates = calibrated.dense, calibrated.candidates
     size = planned_size(dense, candidates, recipe, recipe_ranks(dense, candidates, calibrated.embedding, recipe))
     report = compression_record(dense, calibrated.calibration, recipe, size)
-    small = size["flops"] / plan_cost(dense.model.config, "flops")
+    small = size["flops"] / plan_cost(dense.config, "flops")
     report["seconds"] = {
         **calibrated.seconds,
         **{f"{stage}, expected": seconds for stage, seconds in _expected(recipe, small, calibrated.seconds).items()},
@@ -192,6 +193,7 @@ def build(calibrated: Calibrated, recipe: CompressionRecipe, *, run: RunFolder =
     run: where finished stages are kept. Raises UserError where the size cannot be reached, RunError where the result is
     not finite.
     """
+    calibrated = calibrated.narrower(recipe)
     dense = calibrated.dense
     seconds: dict[str, float] = {}
     probes = None

@@ -75,11 +75,13 @@ class DenseSource:
     """A dense classifier at full rank in this package's layout, and where it came from.
 
     `parameters` counts what transformers stores for it, including the key and value biases that our layout folds away.
+    `config` is that of the classifier as it was read, of which `model` may be a narrower one (see `narrowing`).
     `preprocessor_config` holds the source's preprocessor_config.json, byte for byte, where it has one; `card` what its
     card says of licence, language, tags and data (see `read_card`).
     """
 
     model: LowRankViTForImageClassification
+    config: LowRankViTConfig
     image_processor: Any
     parameters: int
     location: str
@@ -101,8 +103,10 @@ def load_dense(source: str, *, revision: str | None = None, allow_pickle: bool =
     architecture = _checked_architecture(folder, source)
     dense = _load_transformers(folder, source, architecture, allow_pickle)
     preprocessor = folder / "preprocessor_config.json"
+    model = from_transformers(dense)
     return DenseSource(
-        model=from_transformers(dense),
+        model=model,
+        config=model.config,
         image_processor=load_image_processor(str(folder)),
         parameters=sum(parameter.numel() for parameter in dense.parameters()),
         location=source,

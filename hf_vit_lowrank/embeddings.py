@@ -16,7 +16,7 @@ from .remote.modeling_lowrank_vit import LowRankViTEmbeddings, LowRankViTForImag
 def embedded_by(
     small: LowRankViTForImageClassification, dense: LowRankViTForImageClassification, batches: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Embeddings of the same images by `small`, from batches of those by `dense`: (images, tokens, d) both."""
+    """Embeddings of the same images by `small`, from batches of those by `dense`: (images, tokens, own hidden size)."""
     change = embedding_change(small, dense)
     return [change(batch) for batch in batches]
 
@@ -25,23 +25,21 @@ def embedded_by(
 def embedding_change(
     small: LowRankViTForImageClassification, dense: LowRankViTForImageClassification
 ) -> Callable[[Tensor], Tensor]:
-    """The map from embeddings by `dense` to those by `small` of the same images: (images, tokens, d) both.
+    """The map from embeddings by `dense` to those by `small` of the same images: (images, tokens, own hidden size).
 
     The rows of the smaller projection W' are sums of those of the dense W, so W' x = W' W⁺ (W x).
     """
-    if not small.config.embedding_ranks:
+    ours, theirs = ((*whole_projection(one.vit.embeddings), _constant(one.vit.embeddings)) for one in (small, dense))
+    if all(map(torch.equal, ours, theirs)):
         return lambda batch: batch
-    ours, theirs = small.vit.embeddings, dense.vit.embeddings
-    our_weight, our_bias = whole_projection(ours)
-    weight, bias = whole_projection(theirs)
+    (our_weight, our_bias, our_tokens), (weight, bias, their_tokens) = ours, theirs
     values, vectors = eigh(weight @ weight.mT)
     kept = values > RELATIVE_FLOOR * values[-1]
     change = our_weight @ weight.mT @ (vectors * torch.where(kept, values, 1.0).reciprocal() * kept) @ vectors.mT
-    prefix, our_tokens, their_tokens = dense.config.num_prefix_tokens, _constant(ours), _constant(theirs)
-    shift = our_tokens - their_tokens
-    shift[prefix:] = our_tokens[prefix:] + our_bias - (their_tokens[prefix:] + bias) @ change.mT
-    change, shift = change.float(), shift.float()
-    return lambda batch: torch.cat((batch[:, :prefix], batch[:, prefix:] @ change.mT), 1) + shift
+    prefix = dense.config.num_prefix_tokens
+    shift = our_tokens[prefix:] + our_bias - (their_tokens[prefix:] + bias) @ change.mT
+    tokens, change, shift = our_tokens[:prefix].float(), change.float(), shift.float()
+    return lambda batch: torch.cat((tokens.expand(len(batch), -1, -1), batch[:, prefix:] @ change.mT + shift), 1)
 
 
 def whole_projection(embeddings: LowRankViTEmbeddings) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from .embeddings import whole_positions, whole_projection
 from .errors import RunError, UserError, as_user_error, reason
 from .evaluation import count_parameters, load_classifier
 from .model_card import model_card
+from .narrowing import widened
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
 
@@ -94,6 +95,8 @@ def densified(model: LowRankViTForImageClassification) -> LowRankViTForImageClas
     Raises:
         UserError: a bypass has no room among the units that were removed, or the activation is another one.
     """
+    if model.config.hidden_size < model.config.dense_hidden_size:
+        model = widened(model, model.config.dense_hidden_size)
     config, state = model.config, model.state_dict()
     whole = LowRankViTForImageClassification(_full_config(config)).eval()
     size = whole.config.query_key_ranks[0][0]

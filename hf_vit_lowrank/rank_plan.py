@@ -18,6 +18,11 @@ from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import pair
 
 BYPASS_ROUNDS = 3
+# From this share removed on the stream gets narrower, by as large a share of its entries as is removed on top, in steps
+# of a multiple of STREAM_MULTIPLE, of which there are about STREAM_STEPS.
+STREAM_FROM = 0.5
+STREAM_STEPS = 24
+STREAM_MULTIPLE = 8
 # A recorded curve has about this many points: enough to draw it.
 CURVE_POINTS = 12
 _NO_BYPASS = ErrorCurve(np.zeros(1), 0, smallest=0)
@@ -48,6 +53,26 @@ class RankPlan:
             embedding_ranks=self.embedding_ranks,
         )
         return LowRankViTConfig.from_dict(fields)
+
+
+def stream_size(config: LowRankViTConfig, removed: float) -> int:
+    """Entries of the stream of a model that this share of a dense model is removed from.
+
+    What a narrower stream loses no refit gives back, but every unit of every block costs less: see README, trials.
+    """
+    step = max(STREAM_MULTIPLE, config.hidden_size // STREAM_STEPS // STREAM_MULTIPLE * STREAM_MULTIPLE)
+    wanted = (1 - max(0.0, removed - STREAM_FROM)) * config.hidden_size
+    return min(math.ceil(wanted / step) * step, config.hidden_size)
+
+
+def with_hidden_size(config: LowRankViTConfig, hidden_size: int) -> LowRankViTConfig:
+    """Of the same model with a stream of other size: the shifts of its layer norms become biases, also of queries."""
+    changed = {
+        "hidden_size": hidden_size,
+        "dense_hidden_size": max(hidden_size, config.dense_hidden_size),
+        "qkv_bias": True,
+    }
+    return LowRankViTConfig.from_dict({**config.to_dict(), **changed})
 
 
 def choose_ranks(

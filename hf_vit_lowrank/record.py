@@ -27,9 +27,9 @@ def compression_record(
         "source": {**source_record(dense), "parameters": dense.parameters, "card": dense.card},
         "recipe": recipe.to_dict(),
         "calibration": calibration,
-        "num_channels": dense.model.config.num_channels,
+        "num_channels": dense.config.num_channels,
         "dense_parameters": dense.parameters,
-        "dense_flops": plan_cost(dense.model.config, "flops", recipe.native),
+        "dense_flops": plan_cost(dense.config, "flops", recipe.native),
         "remote_code": not recipe.native,
         **size,
         "reduction": 1 - size["parameters"] / dense.parameters,
@@ -91,6 +91,7 @@ def built_size(model: LowRankViTForImageClassification) -> dict[str, Any]:
 
 def _inner_sizes(config: LowRankViTConfig) -> dict[str, Any]:
     return {
+        "hidden_size": config.hidden_size,
         "query_key_ranks": config.query_key_ranks,
         "value_output_ranks": config.value_output_ranks,
         "mlp_widths": config.mlp_widths,

@@ -479,7 +479,7 @@ def test_a_repository_is_checked_as_a_folder_is_before_it_is_evaluated(hub: Hub,
     with pytest.raises(UserError, match=r"modeling_lowrank_vit\.py of .* is not as it was saved"):
         load_classifier(REPOSITORY)
     huge = {name: data for name, data in whole.items() if name != "compression.json"}
-    huge["config.json"] = whole["config.json"].replace(b'"hidden_size": 16', b'"hidden_size": 1600')
+    huge["config.json"] = whole["config.json"].replace(b'hidden_size": 16', b'hidden_size": 1600')
     repository.add("main", huge)
     with pytest.raises(UserError, match=f"'{REPOSITORY}' lacks weights"):
         load_classifier(REPOSITORY)

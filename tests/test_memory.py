@@ -30,7 +30,7 @@ def test_groups_of_blocks_give_the_plan_and_weights_of_all_at_once(digits_model,
 
     whole = run()
     monkeypatch.setattr(calibration, "memory_plan", lambda *_: MemoryPlan(calibration.CPU_IMAGES_AT_ONCE, 2, 2, 0, 0))
-    collect, earlier = calibration._statistics, []
+    collect, earlier = calibration.Calibrated._collected, []
 
     def watched(*arguments):
         assert all(moments() is None for moments in earlier)  # two groups at once would be beyond the limit
@@ -38,7 +38,7 @@ def test_groups_of_blocks_give_the_plan_and_weights_of_all_at_once(digits_model,
         earlier.extend(map(weakref.ref, collected))
         return collected
 
-    monkeypatch.setattr(calibration, "_statistics", watched)
+    monkeypatch.setattr(calibration.Calibrated, "_collected", watched)
     groups = run(memory_limit=1, run_folder=tmp_path / "run")
     assert len(earlier) == 3
     assert groups.report["plan"] == whole.report["plan"]

@@ -36,6 +36,7 @@ class LowRankViTConfig(PretrainedConfig):
         bypass_ranks: per layer, the rank of a low-rank map beside the MLP, from its input to its output; 0 for none.
         embedding_ranks: the ranks of the pieces of the embeddings stored as a product of two, by name
             (`FACTORABLE_EMBEDDINGS`); one that is not named is whole.
+        dense_hidden_size: hidden size of the dense model, where `hidden_size` is smaller; else the same.
         use_distillation_token: a second prefix token, as in DeiT.
         use_distillation_head: a second classifier that reads the distillation token; the logits are averaged.
         format_version: layout of the parameters; a newer one than this code knows is refused.
@@ -71,10 +72,12 @@ class LowRankViTConfig(PretrainedConfig):
         factor_ranks: list[dict[str, int]] | None = None,
         bypass_ranks: list[int] | None = None,
         embedding_ranks: dict[str, int] | None = None,
+        dense_hidden_size: int | None = None,
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
     ):
         self.hidden_size = hidden_size
+        self.dense_hidden_size = hidden_size if dense_hidden_size is None else dense_hidden_size
         self.num_hidden_layers = num_hidden_layers
         self.num_attention_heads = num_attention_heads
         self.intermediate_size = intermediate_size
@@ -123,6 +126,11 @@ class LowRankViTConfig(PretrainedConfig):
         for name, largest in LARGEST.items():
             if not _is_count(getattr(self, name), 1, largest):
                 raise ValueError(f"{name} must be a whole number from 1 to {largest}, not {getattr(self, name)!r}.")
+        if not _is_count(self.dense_hidden_size, self.hidden_size, LARGEST["hidden_size"]):
+            raise ValueError(
+                f"dense_hidden_size must be a whole number from hidden_size, {self.hidden_size}, to "
+                f"{LARGEST['hidden_size']}, not {self.dense_hidden_size!r}."
+            )
         for name in ("image_size", "patch_size"):
             sides = _sides(getattr(self, name))
             if len(sides) != 2 or not all(_is_count(side, 1, LARGEST_IMAGE) for side in sides):
@@ -151,8 +159,8 @@ class LowRankViTConfig(PretrainedConfig):
                     f"{name} must hold {self.num_hidden_layers} lists (layers) of {self.num_attention_heads} ranks "
                     "(heads)."
                 )
-            if any(not _is_count(rank, 0, self.hidden_size) for layer in ranks for rank in layer):
-                raise ValueError(f"{name} must be whole numbers from 0 to {self.hidden_size}.")
+            if any(not _is_count(rank, 0, self.dense_hidden_size) for layer in ranks for rank in layer):
+                raise ValueError(f"{name} must be whole numbers from 0 to {self.dense_hidden_size}.")
             if any(sum(layer) == 0 for layer in ranks):
                 raise ValueError(f"{name} must leave at least one rank in each layer.")
         if not _is_list(self.mlp_widths, self.num_hidden_layers):
