@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
+from .rank_plan import stream_left
 from .recipe import COMPENSATIONS, OURS
 from .remote.configuration_lowrank_vit import FACTORABLE
 
@@ -194,8 +195,10 @@ def plan_chart(plan: dict[str, Any]) -> bytes:
     bars.set_ylim(len(layers) - 0.5, -0.5)
     heat[0].set_ylabel("layer")
     pieces = ", ".join(f"{name} {rank}" for name, rank in plan.get("embedding_ranks", {}).items())
-    if pieces:
-        figure.supxlabel(f"ranks of the embeddings: {pieces}", fontsize=8)
+    stream = stream_left(plan)
+    notes = [f"ranks of the embeddings: {pieces}"] * bool(pieces) + [f"entries of the stream: {stream}"] * bool(stream)
+    if notes:
+        figure.supxlabel("; ".join(notes), fontsize=8)
     for axes in (*heat, bars):
         axes.set_yticks(layers)
         axes.tick_params(labelsize=7)

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from .rank_plan import stream_left
 from .recipe import OURS, TRAINED, CompressionRecipe
 
 logger = logging.getLogger(__name__)
@@ -137,9 +138,14 @@ def _method(record: dict[str, Any]) -> list[str]:
         if preset == OURS
         else Markup(f"The method is the preset {_code(preset)}, which is there to compare with.")
     )
+    stream = stream_left(record.get("plan", {}))
     refits = compensation != "none" and preset == OURS
     sentences = [
         (True, made),
+        (
+            stream is not None,
+            f"The stream of tokens has {stream} entries, in directions that were learned without labels.",
+        ),
         (
             "probes" in record,
             "They were chosen again by what each size was worth once the others had been refitted, which was measured.",
@@ -155,7 +161,7 @@ def _method(record: dict[str, Any]) -> list[str]:
             f"The whole was then trained on the dense model's outputs, {'and' if recipe.get('labels') else 'without'} "
             "labels.",
         ),
-        (not by_blocks and not whole, f"Nothing was trained{undone}."),
+        (not by_blocks and not whole, f"Nothing {'else ' * (stream is not None)}was trained{undone}."),
     ]
     return [sentence for said, sentence in sentences if said]
 

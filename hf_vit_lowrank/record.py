@@ -92,6 +92,7 @@ def built_size(model: LowRankViTForImageClassification) -> dict[str, Any]:
 def _inner_sizes(config: LowRankViTConfig) -> dict[str, Any]:
     return {
         "hidden_size": config.hidden_size,
+        "dense_hidden_size": config.dense_hidden_size,
         "query_key_ranks": config.query_key_ranks,
         "value_output_ranks": config.value_output_ranks,
         "mlp_widths": config.mlp_widths,

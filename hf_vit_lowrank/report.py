@@ -20,6 +20,7 @@ from .errors import as_user_error
 from .evaluation import evaluate_classifier, load_classifier
 from .images import ImageStream
 from .model_card import without_folders
+from .rank_plan import stream_left
 from .recipe import CompressionRecipe
 
 _TEMPLATE = Path(__file__).with_name("report_template.html.jinja")
@@ -75,6 +76,7 @@ def report_page(
         place=without_folders(accuracies["data"]) if accuracies and accuracies["data"] else None,
         heat_maps=_heat_maps(plan, config),
         embedding_ranks=plan.get("embedding_ranks", {}),
+        stream_left=stream_left(plan),
         blocks=_block_bars(plan, _dense_width(record, config)),
         curves=_charts(record["error_curves"]) if record.get("error_curves") else None,
         drifts=_drift_bars(record["drift"]) if record.get("drift") else None,
@@ -139,7 +141,7 @@ def _signed(text: str) -> str:
 
 def _heat_maps(plan: dict[str, Any], config: dict[str, Any]) -> list[dict[str, Any]]:
     """A row for each block, a column for each head or factored weight; `share` says how dark a cell is, 0 to 1."""
-    heads, width = config["num_attention_heads"], config["hidden_size"]
+    heads, width = config["num_attention_heads"], plan.get("dense_hidden_size", config["hidden_size"])
     if any(plan["factor_ranks"]):
         names = list(dict.fromkeys(name for block in plan["factor_ranks"] for name in block))
         rows = [[block.get(name) for name in names] for block in plan["factor_ranks"]]

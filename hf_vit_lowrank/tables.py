@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .rank_plan import stream_left
+
 BYTES_PER_PARAMETER = 4  # checkpoints are written in float32
 
 
@@ -35,6 +37,8 @@ def show_plan(report: dict[str, Any]) -> None:
     console.print(table)
     for name, rank in plan["embedding_ranks"].items():
         console.print(f"The {name} of the embeddings: rank {rank}")
+    if stream := stream_left(plan):
+        console.print(f"The stream of tokens: {stream} entries")
     console.print(_sizes(report))
     for line in _notes(report):
         console.print(line)

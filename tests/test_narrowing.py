@@ -185,9 +185,7 @@ def test_compressed_with_a_narrower_stream(calibrated, small):
     assert (model.config.hidden_size, model.config.dense_hidden_size) == (48, 64) == (report["plan"]["hidden_size"], 64)
     assert count_parameters(model) == report["parameters"] <= 0.2 * report["dense_parameters"]
     assert report["dense_parameters"] == calibrated.dense.parameters
-    assert held_back_divergence(calibrated, model) < held_back_divergence(
-        calibrated, build(calibrated, replace(RECIPE, compensation="none")).model
-    )
+    assert held_back_divergence(calibrated, model) < 0.01
 
 
 def test_embeddings_of_a_narrower_model_follow_from_those_of_the_dense_one(calibrated, small):
