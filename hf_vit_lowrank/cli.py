@@ -414,7 +414,7 @@ def sweep(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Compress to many sizes from one pass of statistics; writes a table (JSON, Markdown) and a chart."""
+    """Compress to many sizes from statistics that they share; writes a table (JSON, Markdown) and a chart."""
     from . import tables
     from .images import open_images
     from .sweep import sweep as run

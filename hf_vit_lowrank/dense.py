@@ -201,6 +201,8 @@ def why_not_uniform(config: LowRankViTConfig) -> str | None:
             return f"weight '{min(factors)}' of block {layer} is a product of two"
         if bypass:
             return f"block {layer} has a low-rank bypass around its MLP"
+    if config.hidden_size % config.num_attention_heads:
+        return f"its stream of {config.hidden_size} entries is no multiple of its {config.num_attention_heads} heads"
     sizes = {rank for layer in (*config.query_key_ranks, *config.value_output_ranks) for rank in layer}
     if len(sizes) > 1:
         return f"its heads have different ranks, from {min(sizes)} to {max(sizes)}"

@@ -77,6 +77,8 @@ def with_hidden_size(config: LowRankViTConfig, hidden_size: int) -> LowRankViTCo
         "hidden_size": hidden_size,
         "dense_hidden_size": max(hidden_size, config.dense_hidden_size),
         "qkv_bias": True,
+        # Of a variance, which is the mean over the entries of what stays the same in all.
+        "layer_norm_eps": config.layer_norm_eps * config.hidden_size / hidden_size,
     }
     return LowRankViTConfig.from_dict({**config.to_dict(), **changed})
 

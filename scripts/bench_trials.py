@@ -1,6 +1,7 @@
 """Trials of the method, judged on calibration images that nothing is fitted on: what is built in, and what is not.
 
-A trial changes the recipe, or constants or functions of the method. Writes trials.json and trials.md into OUTPUT; a
+A trial changes the recipe, or constants or functions of the method. All but those of NARROW leave the stream of tokens
+as wide as it is, whatever the size. Writes trials.json and trials.md into OUTPUT; a
 finished trial is not run again.
 """
 
@@ -47,6 +48,7 @@ from hf_vit_lowrank.surgery import shrink
 
 Constant = tuple[str, str, Any]
 WHOLE_EMBEDDINGS: Constant = ("rank_plan", "largest_embedding_ranks", lambda *_: {})
+WHOLE_STREAM: Constant = ("rank_plan", "STREAM_FROM", 1.0)
 # Of the trials that want a GPU.
 LONG = {"compensation": "distill", "distill_epochs": 180, "batch_size": 64}
 NO_BYPASS: Constant = ("rank_plan", "BYPASS_ROUNDS", 0)
@@ -151,10 +153,16 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
         [("compensation.distill", "PLAIN", 0.1), ("augmentation", "CROP_AREA", (0.15, 1.0))],
     ),
 }
+# The built-in method where it makes the stream narrower, and that by principal components alone.
+NARROW: dict[str, tuple[dict[str, Any], list[Constant]]] = {
+    "closed form, narrower stream": ({}, []),
+    "closed form, narrower stream, not learned": ({}, [("narrowing", "LEARNING_RATE", 0.0)]),
+    "gradient, narrower stream": ({"compensation": "gradient"}, []),
+}
 TWO_STEPS = "closed form, in two steps"
 # How far to go from the built-in sizes to learned ones.
 LEARNED = {"closed form, sizes learned": 1.0, "closed form, half way to learned sizes": 0.5}
-ALL = [*TRIALS, TWO_STEPS, *LEARNED]
+ALL = [*TRIALS, *NARROW, TWO_STEPS, *LEARNED]
 
 
 def main(
@@ -196,6 +204,16 @@ def main(
 
 def _made(calibrated: Calibrated, recipe: CompressionRecipe, name: str) -> tuple[Any, Any]:
     """The model of a trial and, where it was distilled, the curve."""
+    calibrated.narrowed.clear()  # another trial's stream
+    if name in NARROW:
+        fields, constants = NARROW[name]
+        with _changed(constants):
+            return build(calibrated, replace(recipe, **fields)).model, None
+    with _changed([WHOLE_STREAM]):
+        return _with_whole_stream(calibrated, recipe, name)
+
+
+def _with_whole_stream(calibrated: Calibrated, recipe: CompressionRecipe, name: str) -> tuple[Any, Any]:
     if name == TWO_STEPS:
         return _in_two_steps(calibrated, recipe), None
     if name in LEARNED:

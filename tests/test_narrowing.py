@@ -15,6 +15,7 @@ from torch.nn.functional import layer_norm
 from hf_vit_lowrank import calibration
 from hf_vit_lowrank.calibration import calibrate, held_back_divergence
 from hf_vit_lowrank.compress import build, compress
+from hf_vit_lowrank.dense import why_not_uniform
 from hf_vit_lowrank.embeddings import embedded_by
 from hf_vit_lowrank.evaluation import count_parameters
 from hf_vit_lowrank.export import densified
@@ -34,7 +35,14 @@ from hf_vit_lowrank.run_folder import RunFolder
 
 # So small that the stream of the digits model, 64 entries, gets narrower as well.
 RECIPE = CompressionRecipe(reduction=0.8, samples=256)
-SHAPE = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 8, "num_labels": 5}
+SHAPE = {
+    "layer_norm_eps": 0.01,
+    "hidden_size": 16,
+    "num_attention_heads": 2,
+    "intermediate_size": 24,
+    "image_size": 8,
+    "num_labels": 5,
+}
 PLANS = {
     "full rank": {},
     "no bias": {"qkv_bias": False},
@@ -107,6 +115,12 @@ def test_widened_is_the_same_function_in_more_entries(plan):
     wide = widened(narrow, 16)
     assert wide.config.hidden_size == wide.config.dense_hidden_size == 16
     torch.testing.assert_close(logits(wide), logits(narrow), atol=1e-4, rtol=1e-4)
+
+
+def test_heads_that_do_not_divide_the_stream_are_not_native():
+    narrow = narrowed(random_model(0.4, **SHAPE), random_basis(16, 10))
+    assert "11 entries is no multiple of its 2 heads" in (why_not_uniform(narrow.config) or "")
+    assert why_not_uniform(narrowed(random_model(0.4, **SHAPE), random_basis(16, 11)).config) is None
 
 
 def test_stream_gets_narrower_from_some_size_on():
