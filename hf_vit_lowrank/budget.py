@@ -36,10 +36,10 @@ def recipe_limit(dense: DenseSource, recipe: CompressionRecipe) -> int:
 
 
 def recipe_stream(dense: DenseSource, recipe: CompressionRecipe) -> int:
-    """Entries of the stream of the smaller model."""
-    whole = dense.parameters if recipe.cost == "parameters" else plan_cost(dense.config, "flops")
-    if recipe.preset != OURS or recipe.native:
+    """Entries of the stream of the smaller model. Training gets as much out of a whole one: see README, trials."""
+    if recipe.preset != OURS or recipe.native or recipe.compensation in TRAINED:
         return dense.config.hidden_size
+    whole = dense.parameters if recipe.cost == "parameters" else plan_cost(dense.config, "flops")
     return stream_size(dense.config, 1 - recipe_limit(dense, recipe) / whole)
 
 

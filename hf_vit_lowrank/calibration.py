@@ -54,15 +54,14 @@ class Calibrated:
 
     images_at_once: how many of a batch the statistics and the refits work on.
     native: whether the candidates are for a plan that transformers' own classes can hold.
-    teacher: the dense model; `dense` may be a narrower one, which embeddings, statistics and streams then are of.
-    held_back, expected: embeddings of images that nothing is fitted on, the last of the stream, and the teacher's
+    dense: the dense model or a narrower one, which embeddings, statistics and streams then are of.
+    held_back, expected: embeddings of images that nothing is fitted on, the last of the stream, and the dense model's
         logits for them, if some were asked for.
     group: how many blocks' moments are collected at once and parked in `run`; None where all are kept.
     narrowed: those of narrower streams that were made already, by their number of entries.
     """
 
     dense: DenseSource
-    teacher: LowRankViTForImageClassification
     images: ImageStream
     fitting: list[Tensor]
     held_back: list[Tensor]
@@ -272,7 +271,7 @@ def calibrate(
         "processes": processes.count(),
     }
     return Calibrated(
-        *(dense, dense.model, calibration, fitting, held_back, expected, about),
+        *(dense, calibration, fitting, held_back, expected, about),
         seed=recipe.seed,
         images_at_once=memory.batch_size,
         native=recipe.native,

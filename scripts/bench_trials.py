@@ -157,7 +157,6 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
 NARROW: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     "closed form, narrower stream": ({}, []),
     "closed form, narrower stream, not learned": ({}, [("narrowing", "LEARNING_RATE", 0.0)]),
-    "gradient, narrower stream": ({"compensation": "gradient"}, []),
 }
 TWO_STEPS = "closed form, in two steps"
 # How far to go from the built-in sizes to learned ones.

@@ -343,7 +343,7 @@ def test_trials_change_one_thing_and_are_not_run_twice(digits_model, digits_data
     closed_form = ["no bypass", "in two steps", "sizes probed", "fitted on 2 views as well", "ten folds"]
     closed_form += ["ridges by variance", "half way to learned sizes"]
     closed_form += ["narrower stream", "narrower stream, not learned"]
-    gradient = ["Muon", "mixed views", "map before the classifier", "narrower stream"]
+    gradient = ["Muon", "mixed views", "map before the classifier"]
     names = ["closed form", *(f"closed form, {name}" for name in closed_form)]
     names += ["gradient", *(f"gradient, {name}" for name in gradient), "distill, 4 passes, Muon"]
 

@@ -15,7 +15,7 @@ from PIL import Image
 from transformers import ViTImageProcessor
 
 from hf_vit_lowrank.augmentation import KEPT_SIZE, RandomViews
-from hf_vit_lowrank.calibration import calibrate, held_back_confidence, held_back_divergence, stream_logits
+from hf_vit_lowrank.calibration import calibrate, held_back_confidence, held_back_divergence
 from hf_vit_lowrank.checkpoint import load_checkpoint
 from hf_vit_lowrank.compensation import steps
 from hf_vit_lowrank.compensation.gradient import LARGEST_SHARE, _Blends, compensate_gradient
@@ -27,22 +27,20 @@ from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassif
 from hf_vit_lowrank.run_folder import RunFolder
 from hf_vit_lowrank.tables import show_compression
 
-RECIPE = CompressionRecipe(reduction=0.93, samples=160, compensation="gradient", rank_multiple=1)
+RECIPE = CompressionRecipe(reduction=0.88, samples=160, compensation="gradient", rank_multiple=1)
 DISTILL = replace(RECIPE, compensation="distill", distill_epochs=15, distill_lr=1e-3)
 SHORT = replace(DISTILL, distill_epochs=3)
 
 
 @pytest.fixture(scope="module")
 def calibrated(digits_model, digits_data):
-    """Behind the step that makes the stream narrower, which these small sizes begin with."""
-    whole = calibrate(str(digits_model), str(digits_data.calibration), RECIPE, hold_back=0.25, device="cpu")
-    return whole.narrower(RECIPE)
+    return calibrate(str(digits_model), str(digits_data.calibration), RECIPE, hold_back=0.25, device="cpu")
 
 
 @pytest.fixture(scope="module")
 def closed_form(calibrated):
-    """Of the plan that training starts from, which has no bypasses."""
-    with patch("hf_vit_lowrank.rank_plan.BYPASS_ROUNDS", 0):
+    """Of the plan that training starts from, which has no bypasses and the whole stream."""
+    with patch.multiple("hf_vit_lowrank.rank_plan", BYPASS_ROUNDS=0, STREAM_FROM=1.0):
         return build(calibrated, replace(RECIPE, compensation="closed-form"))
 
 
@@ -66,7 +64,7 @@ def test_training_block_by_block_brings_the_model_nearer_to_the_dense_one(calibr
     assert after < before
     report = trained.report["gradient"]
     assert after < report["before"] <= before  # with the confidence that the model as it was refitted should have
-    assert report["after"] == pytest.approx(after, rel=1e-4)
+    assert report["after"] == pytest.approx(after, rel=1e-6)
     assert all(block["after"] < block["before"] for block in report["blocks"] if block["kept"])
     assert not any(trained.model.config.bypass_ranks)
 
@@ -76,8 +74,8 @@ def test_distillation_brings_it_nearer_still(calibrated, trained, distilled):
     before, after = (held_back_divergence(calibrated, one.model) for one in (trained, distilled))
     assert record["kept"]
     assert after < before
-    assert record["before"] == pytest.approx(before, rel=1e-4)
-    assert record["after"] == pytest.approx(after, rel=1e-4)
+    assert record["before"] == pytest.approx(before, rel=1e-6)
+    assert record["after"] == pytest.approx(after, rel=1e-6)
 
 
 def test_the_same_seed_gives_the_same_bits(calibrated, shortly_distilled):
@@ -113,8 +111,7 @@ def test_a_block_that_training_makes_worse_stays_as_it_was(calibrated, monkeypat
 
 @pytest.mark.parametrize("sureness", [0.5, 1.0, 1.5])
 def test_the_confidence_of_the_dense_model_is_found_again(calibrated, sureness):
-    model, held_back = copy.deepcopy(calibrated.dense.model), calibrated.held_back
-    calibrated = replace(calibrated, expected=stream_logits(model, held_back))
+    model = copy.deepcopy(calibrated.dense.model)
     with torch.no_grad():
         for parameter in model.classifier.parameters():
             parameter.mul_(sureness)
@@ -257,7 +254,7 @@ def test_distillation_goes_on_with_parts_of_a_batch_where_memory_is_short(
     result = build(calibrated, SHORT)
     assert "once more with 8" in caplog.text
     curves = [dict(one.report["distillation"]["curve"]) for one in (result, shortly_distilled)]
-    assert curves[0] == pytest.approx(curves[1], rel=0.3)  # bfloat16
+    assert curves[0] == pytest.approx(curves[1], rel=0.1)  # bfloat16
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(calibrated, shortly_distilled):

@@ -53,7 +53,6 @@ def distill(
     views: RandomViews,
     held_back: Sequence[int],
     *,
-    teacher: LowRankViTForImageClassification,
     epochs: int,
     learning_rate: float,
     batch_size: int,
@@ -66,7 +65,6 @@ def distill(
     """Train `small` but for its embeddings in place on random views; of the steps evaluated the best on the held-back
     images stays, whether it is better than the start or not.
 
-    dense: whose stream `small` is held against. teacher: whose probabilities; often the same model.
     held_back: indices of the images in `views` that nothing is fitted on. labels: the dense model's class for every
     image, to learn from them as well. folder: where the Trainer's checkpoints go; those of a run that died are gone on
     with. images_at_once: of a batch, which the dense model sees whole, so many go through `small` at once.
@@ -90,7 +88,7 @@ def distill(
         callbacks=[_Progress(batch_size)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.dense, trainer.teacher, trainer.images_at_once = dense, teacher, images_at_once
+    trainer.teacher, trainer.images_at_once = dense, images_at_once
     trainer.train(resume_from_checkpoint=_last_checkpoint(folder))
     # Or it would go on computing in the precision of the training.
     trainer.accelerator.unwrap_model(small, keep_fp32_wrapper=False)
@@ -148,10 +146,8 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 
 class _Distiller(Trainer):
-    """The divergence from `teacher` and the error of the stream of `dense` in place of the model's own loss; in
-    evaluation nothing but the first."""
+    """The divergence from `teacher` in place of the model's own loss; in evaluation nothing but that."""
 
-    dense: LowRankViTForImageClassification
     teacher: LowRankViTForImageClassification
     images_at_once: int
 
@@ -167,9 +163,7 @@ class _Distiller(Trainer):
         inputs = self._prepare_inputs(inputs)
         images, total = len(inputs["pixel_values"]), torch.zeros((), device=self.args.device)
         with torch.no_grad(), self._precision():
-            teacher = self.dense(inputs["pixel_values"], output_hidden_states=True)
-            if self.teacher is not self.dense:
-                teacher.logits = self.teacher(inputs["pixel_values"]).logits
+            teacher = self.teacher(inputs["pixel_values"], output_hidden_states=True)
         for start in range(0, images, self.images_at_once):
             part = slice(start, start + self.images_at_once)
             last = start + self.images_at_once >= images
@@ -194,7 +188,7 @@ class _Distiller(Trainer):
 
     def _stream_error(self, student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], part: slice) -> Tensor:
         """Mean over blocks, of a part of the batch; behind the last one only the tokens read matter."""
-        num_read = self.dense.config.num_tokens_read
+        num_read = self.teacher.config.num_tokens_read
         pairs = [(student[-1][None, :, :num_read], teacher[-1][None, :, :num_read])]
         if len(student) > 1:
             pairs.append((torch.stack(student[:-1]), torch.stack(teacher[:-1])))

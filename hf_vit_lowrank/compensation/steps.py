@@ -198,7 +198,6 @@ def _distill(
                 model,
                 views,
                 range(len(views) - held_back, len(views)),
-                teacher=calibrated.teacher,
                 epochs=recipe.distill_epochs,
                 learning_rate=recipe.distill_lr,
                 batch_size=recipe.batch_size,
