@@ -94,6 +94,7 @@ def test_a_distilled_model_is_saved_as_it_is(shortly_distilled, tmp_path):
 
 
 def test_a_block_that_training_makes_worse_stays_as_it_was(calibrated, monkeypatch):
+    monkeypatch.setattr("hf_vit_lowrank.rank_plan.STREAM_FROM", 1.0)
     monkeypatch.setattr("hf_vit_lowrank.compensation.gradient.LEARNING_RATE", 10.0)
     model = build(calibrated, replace(RECIPE, compensation="none")).model
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -130,6 +131,7 @@ def test_few_held_back_images_do_not_tell_how_sure_a_model_is(calibrated, traine
 
 def test_views_are_trained_on_but_not_refitted_on(calibrated, monkeypatch):
     """Two views of one image in the two halves of the images would make its noise look like knowledge."""
+    monkeypatch.setattr("hf_vit_lowrank.rank_plan.STREAM_FROM", 1.0)
     monkeypatch.setattr("hf_vit_lowrank.compensation.gradient.LEARNING_RATE", 0.0)
     images = torch.cat(calibrated.fitting)
     states = []
