@@ -31,16 +31,19 @@ def recipe_ranks(
 
 def recipe_limit(dense: DenseSource, recipe: CompressionRecipe) -> int:
     """The most parameters or FLOPs that the recipe allows."""
-    in_flops = recipe.cost == "flops"
-    return _allowed(recipe, plan_cost(dense.config, "flops", recipe.native) if in_flops else dense.parameters)
+    return _allowed(recipe, _whole(dense, recipe))
 
 
 def recipe_stream(dense: DenseSource, recipe: CompressionRecipe) -> int:
-    """Entries of the stream of the smaller model. Training gets as much out of a whole one: see README, trials."""
-    if recipe.preset != OURS or recipe.native or recipe.compensation in TRAINED:
+    """Entries of the stream of the smaller model."""
+    if not recipe.may_narrow:
         return dense.config.hidden_size
-    whole = dense.parameters if recipe.cost == "parameters" else plan_cost(dense.config, "flops")
-    return stream_size(dense.config, 1 - recipe_limit(dense, recipe) / whole)
+    return stream_size(dense.config, 1 - recipe_limit(dense, recipe) / _whole(dense, recipe))
+
+
+def _whole(dense: DenseSource, recipe: CompressionRecipe) -> int:
+    """Parameters or FLOPs of the dense model."""
+    return plan_cost(dense.config, "flops", recipe.native) if recipe.cost == "flops" else dense.parameters
 
 
 def _allowed(recipe: CompressionRecipe, whole: int) -> int:

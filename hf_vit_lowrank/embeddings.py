@@ -44,12 +44,17 @@ def embedding_change(
 
 def whole_projection(embeddings: LowRankViTEmbeddings) -> tuple[Tensor, Tensor]:
     """Weight (d, values of a patch), multiplied out, and bias (d,): float64, on the CPU."""
-    projection: Any = embeddings.projection
-    factors: list[Any] = [projection] if hasattr(projection, "weight") else list(projection)
+    factors = projection_factors(embeddings)
     weight, *others = (factor.weight.detach().flatten(1).cpu().double() for factor in factors)
     for other in others:
         weight = other @ weight
     return weight, factors[-1].bias.detach().cpu().double()
+
+
+def projection_factors(embeddings: LowRankViTEmbeddings) -> list[Any]:
+    """Of the patches: one convolution, or the two factors of it."""
+    projection: Any = embeddings.projection
+    return [projection] if hasattr(projection, "weight") else list(projection)
 
 
 def whole_positions(embeddings: LowRankViTEmbeddings) -> Tensor:

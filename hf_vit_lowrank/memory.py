@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .rank_plan import STREAM_FROM, num_tokens, plan_cost
-from .recipe import OURS, TRAINED, VIEWS, CompressionRecipe
+from .recipe import TRAINED, VIEWS, CompressionRecipe
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import pair
 
@@ -72,8 +72,7 @@ def memory_plan(
     layers, moments = config.num_hidden_layers, _moment_bytes(config)
     weights, embeddings = 4 * plan_cost(config, "parameters"), recipe.samples * _stream_bytes(config)
     fixed = _PROGRAM + weights + embeddings
-    may_narrow = recipe.preset == OURS and not recipe.native and recipe.compensation not in TRAINED
-    if may_narrow and (recipe.reduction is None or recipe.reduction > STREAM_FROM):
+    if recipe.may_narrow and (recipe.reduction is None or recipe.reduction > STREAM_FROM):
         fixed += weights + embeddings  # the dense model stays beside a narrower one
     width = config.intermediate_size + config.hidden_size
     # All blocks' moments, and the covariances that bypasses are made from, unless they are parked.

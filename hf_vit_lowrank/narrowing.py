@@ -20,14 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, layer_norm
 
-from .embeddings import prefix_tokens
+from .compensation.drift import tokens_computed
+from .embeddings import prefix_tokens, projection_factors
 from .linalg import eigh
 from .progress import track
 from .rank_plan import with_hidden_size
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
 from .statistics import TokenGroups
 
-# One pass over so many images is enough: more of them, or more passes, hardly change the divergence on others.
+# Each is used once. With 176 of its 192 entries DeiT-tiny is 0.165 nats from itself by 160 images, 0.132 by 640.
 MOST_IMAGES = 640
 IMAGES_A_STEP = 16
 LEARNING_RATE = 1e-3
@@ -121,10 +122,10 @@ def _confined_logits(
     def confined(written: Tensor) -> Tensor:
         return written if projection is None else written @ projection.to(written.device)
 
-    stream, layers = confined(images.to(model.device)), model.config.num_hidden_layers
+    stream = confined(images.to(model.device))
     blocks: Any = model.vit.blocks
     for layer, block in enumerate(blocks):
-        queries = model.config.num_tokens_read if layer == layers - 1 else None
+        queries = tokens_computed(model.config, layer)
         update, _ = block.attention(block.attention_norm(stream), queries)
         stream = stream[:, :queries] + confined(update)
         stream = stream + confined(block.mlp(block.mlp_norm(stream)))
@@ -160,7 +161,7 @@ def _restate_embeddings(
     model: LowRankViTForImageClassification, other: LowRankViTForImageClassification, change: Tensor
 ) -> None:
     """What the embeddings put into the stream; the first of two factors stays as it is."""
-    theirs, ours = _projections(model), _projections(other)
+    theirs, ours = (projection_factors(one.vit.embeddings) for one in (model, other))
     _map_outputs(theirs[-1], ours[-1], change)
     for their_tokens, our_tokens in zip(_tokens(model), _tokens(other), strict=True):
         our_tokens.copy_(their_tokens.cpu().double() @ change.mT)
@@ -202,12 +203,6 @@ def _writers(block: Any) -> Iterator[nn.Linear]:
 
 def _heads(model: LowRankViTForImageClassification) -> list[nn.Module]:
     return [head for head in (model.classifier, model.distillation_classifier) if head is not None]
-
-
-def _projections(model: LowRankViTForImageClassification) -> list[Any]:
-    """Of the patches: one convolution, or the two factors of it."""
-    projection: Any = model.vit.embeddings.projection
-    return [projection] if hasattr(projection, "weight") else list(projection)
 
 
 def _tokens(model: LowRankViTForImageClassification) -> list[Tensor]:

@@ -144,6 +144,11 @@ class CompressionRecipe:
                 f"{name} must be {_TYPE_NAMES[kinds[0]]}, not {_shown(value)}",
             )
 
+    @property
+    def may_narrow(self) -> bool:
+        """Whether the stream may get narrower. Training gets as much out of a whole one: see README, trials."""
+        return self.preset == OURS and not self.native and self.compensation not in TRAINED
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` gives the same recipe back."""
         return asdict(self)

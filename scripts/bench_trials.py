@@ -63,6 +63,8 @@ def by_direction(power: float) -> list[Constant]:
 # Trial: what differs in the recipe, and the constants and functions that differ.
 TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     "closed form": ({}, []),
+    "closed form, narrower stream": ({}, []),
+    "closed form, narrower stream, not learned": ({}, [("narrowing", "LEARNING_RATE", 0.0)]),
     "closed form, no bypass": ({}, [NO_BYPASS]),
     "closed form, query-key x2": ({"query_key_weight": 2.0}, []),
     "closed form, query-key x8": ({"query_key_weight": 8.0}, []),
@@ -153,15 +155,12 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
         [("compensation.distill", "PLAIN", 0.1), ("augmentation", "CROP_AREA", (0.15, 1.0))],
     ),
 }
-# The built-in method where it makes the stream narrower, and that by principal components alone.
-NARROW: dict[str, tuple[dict[str, Any], list[Constant]]] = {
-    "closed form, narrower stream": ({}, []),
-    "closed form, narrower stream, not learned": ({}, [("narrowing", "LEARNING_RATE", 0.0)]),
-}
+# As the method is built in: the stream gets narrower.
+NARROW = ("closed form, narrower stream", "closed form, narrower stream, not learned")
 TWO_STEPS = "closed form, in two steps"
 # How far to go from the built-in sizes to learned ones.
 LEARNED = {"closed form, sizes learned": 1.0, "closed form, half way to learned sizes": 0.5}
-ALL = [*TRIALS, *NARROW, TWO_STEPS, *LEARNED]
+ALL = [*TRIALS, TWO_STEPS, *LEARNED]
 
 
 def main(
@@ -204,15 +203,11 @@ def main(
 def _made(calibrated: Calibrated, recipe: CompressionRecipe, name: str) -> tuple[Any, Any]:
     """The model of a trial and, where it was distilled, the curve."""
     calibrated.narrowed.clear()  # another trial's stream
-    if name in NARROW:
-        fields, constants = NARROW[name]
-        with _changed(constants):
-            return build(calibrated, replace(recipe, **fields)).model, None
-    with _changed([WHOLE_STREAM]):
-        return _with_whole_stream(calibrated, recipe, name)
+    with _changed([] if name in NARROW else [WHOLE_STREAM]):
+        return _built(calibrated, recipe, name)
 
 
-def _with_whole_stream(calibrated: Calibrated, recipe: CompressionRecipe, name: str) -> tuple[Any, Any]:
+def _built(calibrated: Calibrated, recipe: CompressionRecipe, name: str) -> tuple[Any, Any]:
     if name == TWO_STEPS:
         return _in_two_steps(calibrated, recipe), None
     if name in LEARNED:
