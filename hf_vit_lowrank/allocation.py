@@ -17,7 +17,8 @@ GREEDY_STEPS = 500
 
 @dataclass(frozen=True)
 class ErrorCurve:
-    """`errors[k]` is the predicted rise of the loss at inner size k = 0..len-1; each unit of size costs `unit_cost`.
+    """`errors[k]` is the predicted rise of the loss at inner size k = 0..len-1, which costs k times `unit_cost`, less
+    `saved[k]` where some of that is for nothing.
 
     The largest size is the dense one, with the error of index -1; the least that is chosen is `smallest`. `allocate`
     chooses multiples of `step`, or the largest size.
@@ -27,6 +28,10 @@ class ErrorCurve:
     unit_cost: int
     smallest: int = SMALLEST_SIZE
     step: int = 1
+    saved: np.ndarray | None = None
+
+    def cost(self, size: int) -> int:
+        return size * self.unit_cost - (0 if self.saved is None else int(self.saved[size]))
 
     @property
     def largest(self) -> int:
@@ -57,12 +62,12 @@ def allocate(curves: Sequence[ErrorCurve], budget: int) -> list[int]:
         ImpossibleBudgetError: even the smallest sizes cost more.
     """
     sizes = [curve.sizes[0] for curve in curves]
-    left = budget - sum(size * curve.unit_cost for size, curve in zip(sizes, curves, strict=True))
+    left = budget - sum(curve.cost(size) for size, curve in zip(sizes, curves, strict=True))
     if left < 0:
         raise ImpossibleBudgetError(budget - left)
     steps = [(-slope, piece, size) for piece, curve in enumerate(curves) for slope, size in _hull_steps(curve)]
     for _, piece, size in sorted(steps):
-        cost = (size - sizes[piece]) * curves[piece].unit_cost
+        cost = curves[piece].cost(size) - curves[piece].cost(sizes[piece])
         if cost > left:
             break
         sizes[piece], left = size, left - cost
@@ -104,7 +109,7 @@ def _hull_steps(curve: ErrorCurve) -> list[tuple[float, int]]:
 
 
 def _saving(curve: ErrorCurve, smaller: int, larger: int) -> float:
-    return float(curve.errors[smaller] - curve.errors[larger]) / ((larger - smaller) * curve.unit_cost)
+    return float(curve.errors[smaller] - curve.errors[larger]) / (curve.cost(larger) - curve.cost(smaller))
 
 
 def _spend(curves: Sequence[ErrorCurve], sizes: list[int], left: int) -> list[int]:
@@ -113,13 +118,13 @@ def _spend(curves: Sequence[ErrorCurve], sizes: list[int], left: int) -> list[in
         best, chosen, reached = -1.0, None, 0
         for piece, curve in enumerate(curves):
             size = min((sizes[piece] // curve.step + 1) * curve.step, curve.largest)
-            if sizes[piece] < size and (size - sizes[piece]) * curve.unit_cost <= left:
+            if sizes[piece] < size and curve.cost(size) - curve.cost(sizes[piece]) <= left:
                 saving = _saving(curve, sizes[piece], size)
                 if saving > best:
                     best, chosen, reached = saving, piece, size
         if chosen is None:
             return sizes
-        left -= (reached - sizes[chosen]) * curves[chosen].unit_cost
+        left -= curves[chosen].cost(reached) - curves[chosen].cost(sizes[chosen])
         sizes[chosen] = reached
 
 

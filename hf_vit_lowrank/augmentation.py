@@ -15,8 +15,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from .images import LabelledImage, prepare
+from .images import LabelledImage
 from .memory import near
+from .pixels import prepare
 
 CROP_AREA = (0.35, 1.0)  # share of the image's area
 CROP_RATIO = (3 / 4, 4 / 3)  # width to height

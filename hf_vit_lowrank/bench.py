@@ -24,8 +24,9 @@ from .compress import CompressionResult, build
 from .dense import DenseSource, load_dense
 from .errors import UserError, reason
 from .evaluation import count_flops, count_parameters, evaluate_classifier, pick_device
-from .images import ImageStream, PixelBatch, pixel_batches
+from .images import ImageStream
 from .model_card import evaluation_record, model_card
+from .pixels import PixelBatch, pixel_batches
 from .quantised import LIBRARIES, check_quantisers, quantise, serialised_bytes
 from .recipe import OURS, PRESETS, CompressionRecipe
 from .run_folder import RunFolder

@@ -25,10 +25,11 @@ from .dense import DenseSource, load_dense, require_free_head_sizes
 from .embeddings import embedded_by, whole_positions
 from .errors import UserError
 from .evaluation import class_of_label, pick_device
-from .images import ImageStream, Share, open_images, pixel_batches
+from .images import ImageStream, Share, open_images
 from .memory import memory_plan
 from .narrowing import MOST_IMAGES, entries, narrowed, stream_basis
 from .out_of_memory import with_smaller_batches
+from .pixels import pixel_batches
 from .precision import half_precision
 from .presets.inputs import PresetInputs
 from .progress import say, track

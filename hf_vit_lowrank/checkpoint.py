@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, PreTrained
 from .dense import DENSE_FILES, check_weights
 from .disk import require_room, require_writable
 from .errors import RunError, UserError, as_user_error, reason
-from .images import load_image_processor
+from .pixels import load_image_processor
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
 

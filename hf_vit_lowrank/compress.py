@@ -24,6 +24,7 @@ from .errors import RunError, UserError
 from .hub import PushReport, push_folder
 from .images import ImageStream
 from .model_card import PICTURE, model_card
+from .pivoting import pivoted
 from .presets import PRESETS
 from .probing import Weighed, probe_sizes
 from .rank_plan import plan_cost
@@ -213,8 +214,12 @@ def build(calibrated: Calibrated, recipe: CompressionRecipe, *, run: RunFolder =
     if (name := not_finite(model)) is not None:
         raise RunError(f"{name} of the smaller model is not finite: the dense weights or activations are too large.")
     report["drift"] = {**drift, "after": measured_drifts(calibrated, model)}
+    model.cpu()
+    if recipe.preset == OURS and not recipe.native:
+        with timed(seconds, "pivots"):
+            model = pivoted(model)
     report["seconds"] = {**calibrated.seconds, **seconds}
-    return CompressionResult(model.cpu(), dense.image_processor, report, dense.preprocessor_config)
+    return CompressionResult(model, dense.image_processor, report, dense.preprocessor_config)
 
 
 def _smaller(

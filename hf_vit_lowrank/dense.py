@@ -29,8 +29,8 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from .errors import RunError, UserError, as_user_error, reason
-from .images import load_image_processor
 from .model_card import read_card
+from .pixels import load_image_processor
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
 

@@ -18,7 +18,7 @@ from PIL import Image
 from transformers import PrinterCallback, Trainer, TrainingArguments, ViTConfig, ViTForImageClassification, set_seed
 
 from .errors import UserError
-from .images import load_image_processor
+from .pixels import load_image_processor
 
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 IMAGE_SIZE = 32  # pixels; the digits have 8

@@ -44,15 +44,17 @@ def embedding_change(
 
 def whole_projection(embeddings: LowRankViTEmbeddings) -> tuple[Tensor, Tensor]:
     """Weight (d, values of a patch), multiplied out, and bias (d,): float64, on the CPU."""
-    factors = projection_factors(embeddings)
-    weight, *others = (factor.weight.detach().flatten(1).cpu().double() for factor in factors)
+    factors = [(factor.weight.flatten(1), factor.bias) for factor in projection_factors(embeddings)]
+    if embeddings.expand is not None:
+        factors.append((embeddings.expand.whole_weight(), embeddings.expand.bias))
+    weight, *others = (weight.detach().cpu().double() for weight, _ in factors)
     for other in others:
         weight = other @ weight
-    return weight, factors[-1].bias.detach().cpu().double()
+    return weight, factors[-1][1].detach().cpu().double()
 
 
 def projection_factors(embeddings: LowRankViTEmbeddings) -> list[Any]:
-    """Of the patches: one convolution, or the two factors of it."""
+    """Of the patches: one convolution, or the two factors of it; but not one with pivots."""
     projection: Any = embeddings.projection
     return [projection] if hasattr(projection, "weight") else list(projection)
 

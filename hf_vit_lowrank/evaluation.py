@@ -24,7 +24,9 @@ from transformers import AutoConfig, AutoModelForImageClassification, Pretrained
 from .checkpoint import CHECKPOINT_FILES, find_record, intact_record
 from .dense import SUPPORTED, check_weights, checked_architecture, local_folder
 from .errors import RunError, UserError, as_user_error
-from .images import ImageStream, PixelBatch, load_image_processor, match_labels, pixel_batches
+from .images import ImageStream
+from .labels import match_labels
+from .pixels import PixelBatch, load_image_processor, pixel_batches
 from .progress import track
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
 

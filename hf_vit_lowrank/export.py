@@ -21,6 +21,7 @@ from .errors import RunError, UserError, as_user_error, reason
 from .evaluation import count_parameters, load_classifier
 from .model_card import model_card
 from .narrowing import widened
+from .pivoting import unpivoted
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
 
@@ -71,7 +72,7 @@ def export_native(folder: str | Path, output: str | Path, *, overwrite: bool = F
         raise UserError(
             f"'{folder}' does not fit transformers' own classes: {why_not}; use --dense, or compress with --native."
         )
-    return _saved(to_transformers(model), image_processor, folder, output, "native", overwrite)
+    return _saved(to_transformers(unpivoted(model)), image_processor, folder, output, "native", overwrite)
 
 
 def export_dense(folder: str | Path, output: str | Path, *, overwrite: bool = False) -> PreTrainedModel:
@@ -95,6 +96,7 @@ def densified(model: LowRankViTForImageClassification) -> LowRankViTForImageClas
     Raises:
         UserError: a bypass has no room among the units that were removed, or the activation is another one.
     """
+    model = unpivoted(model)
     if model.config.hidden_size < model.config.dense_hidden_size:
         model = widened(model, model.config.dense_hidden_size)
     config, state = model.config, model.state_dict()

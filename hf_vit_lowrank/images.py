@@ -1,4 +1,4 @@
-"""From a data set to pixel batches: found, decoded, turned upright, prepared by the checkpoint's own processor."""
+"""From a data set to images: found, decoded, turned upright, in RGB."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,8 +16,6 @@ from typing import Any, NamedTuple
 
 import fsspec
 import numpy as np
-import torch
-import transformers
 from datasets import ClassLabel, Dataset, DatasetDict, Features, IterableDataset, Value, load_dataset, load_from_disk
 from datasets import Image as ImageFeature
 from datasets.distributed import split_dataset_by_node
@@ -561,149 +558,3 @@ def _ordered_rows(
         return data if seed is None and share == WHOLE else (data[int(order[place])] for place in places)
 
     return indexed
-
-
-# -------------------------------------------------------------------------------------------------------------- pixels
-
-
-@dataclass(frozen=True)
-class PixelBatch:
-    """`pixel_values`: float32 (B, C, H, W). `labels`, `positions`: B entries each, as in LabelledImage."""
-
-    pixel_values: torch.Tensor
-    labels: list[int | None]
-    positions: list[int]
-
-
-def load_image_processor(source: str, *, revision: str | None = None) -> Any:
-    """The image processor of a checkpoint (folder or hub id), always with the Pillow backend; runs no remote code.
-
-    Raises UserError where the checkpoint has none that can be used.
-    """
-    # The two backends give slightly different pixels and the default depends on what is installed.
-    backend = {"backend": "pil"} if int(transformers.__version__.split(".")[0]) >= 5 else {"use_fast": False}
-    try:
-        processor = transformers.AutoImageProcessor.from_pretrained(
-            source, revision=revision, trust_remote_code=False, **backend
-        )
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(
-            f"'{source}': no usable image processor; the checkpoint needs a preprocessor_config.json of a class that "
-            f"transformers knows ({reason(error)})."
-        ) from error
-    if getattr(processor, "backend", "pil") != "pil":
-        raise UserError(f"'{source}': {type(processor).__name__} has no Pillow backend, which is the one supported.")
-    return processor
-
-
-def pixel_batches(stream: Iterable[LabelledImage], image_processor: Any, batch_size: int) -> Iterator[PixelBatch]:
-    """Prepare the images of a stream in batches, in order; the last one may be smaller.
-
-    Raises UserError for a pixel that is not finite or images that the processor leaves at different sizes.
-    """
-    return _one_ahead(_pixel_batches(iter(stream), image_processor, batch_size))
-
-
-def _pixel_batches(images: Iterator[LabelledImage], image_processor: Any, batch_size: int) -> Iterator[PixelBatch]:
-    while batch := list(islice(images, batch_size)):
-        positions = [item.position for item in batch]
-        pixels = prepare([item.image for item in batch], image_processor, positions).float()
-        for finite, position in zip(pixels.isfinite().flatten(1).all(1).tolist(), positions, strict=True):
-            if not finite:
-                raise UserError(f"image {position}: the image processor gives pixels that are NaN or infinite.")
-        yield PixelBatch(pixels, [item.label for item in batch], positions)
-
-
-def prepare(images: list[Image.Image], image_processor: Any, positions: list[int], **options: Any) -> torch.Tensor:
-    """What the processor makes of images, (images, channels, height, width); options: of its call.
-
-    Raises UserError, which names the positions, where it fails.
-    """
-    mean = getattr(image_processor, "image_mean", None)
-    if isinstance(mean, (list, tuple)) and len(mean) == 1:  # a model of grayscale images
-        images = [image.convert("L") for image in images]
-    try:
-        return image_processor(images=images, return_tensors="pt", **options)["pixel_values"]
-    except ValueError as error:
-        raise UserError(
-            f"images {positions[0]} to {positions[-1]}: the image processor fails, most often because it does not "
-            f"bring images to one size ({reason(error)})."
-        ) from error
-
-
-def _one_ahead(batches: Iterator[PixelBatch]) -> Iterator[PixelBatch]:
-    """Prepare the next batch in one thread while the caller computes with this one."""
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(next, batches, None)
-        while (batch := future.result()) is not None:
-            future = pool.submit(next, batches, None)
-            yield batch
-
-
-# -------------------------------------------------------------------------------------------------------------- labels
-
-
-def match_labels(dataset_names: list[str], id2label: dict[int, str]) -> list[int]:
-    """The model's label for each label of the data set, found by class name.
-
-    Names match as they are, else without regard to case, white space and underscores, else by the first of several
-    synonyms ("tench, Tinca tinca"), each time only if there is exactly one such name.
-    Raises UserError naming the classes without a match of their own.
-    """
-    labels = {int(label): str(name) for label, name in id2label.items()}
-    matched = _match_names(dataset_names, labels)
-    open_names = [index for index in range(len(dataset_names)) if index not in matched]
-    if open_names and _same_order(dataset_names, labels, matched, open_names):
-        pairs = ", ".join(f"{dataset_names[index]!r} as {labels[index]!r} ({index})" for index in open_names)
-        logger.warning("all other class names agree with the model's in name and order; taking %s", pairs)
-        matched.update({index: index for index in open_names})
-    missing = [dataset_names[index] for index in range(len(dataset_names)) if index not in matched]
-    if missing:
-        listed = ", ".join(map(repr, missing[:5])) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise UserError(
-            f"no single class of the model answers to {listed} of the data set; the model's classes are called "
-            f"{', '.join(map(repr, list(labels.values())[:3]))}, …: rename one or the other."
-        )
-    return [matched[index] for index in range(len(dataset_names))]
-
-
-def _whole(name: str) -> str:
-    return " ".join(name.lower().replace("_", " ").split())
-
-
-def _first_synonym(name: str) -> str:
-    return _whole(name.split(",")[0])
-
-
-def _match_names(dataset_names: list[str], labels: dict[int, str]) -> dict[int, int]:
-    """Data set label -> model label, from the strictest comparison to the loosest; each is used at most once."""
-    matched: dict[int, int] = {}
-    for key in (str, _whole, _first_synonym):
-        theirs = _by_key({index: name for index, name in enumerate(dataset_names) if index not in matched}, key)
-        ours = _by_key({label: name for label, name in labels.items() if label not in matched.values()}, key)
-        for name, indices in theirs.items():
-            if len(indices) == 1 and len(ours.get(name, ())) == 1:
-                matched[indices[0]] = ours[name][0]
-    return matched
-
-
-def _by_key(names: dict[int, str], key: Callable[[str], str]) -> dict[str, list[int]]:
-    grouped: dict[str, list[int]] = {}
-    for index, name in names.items():
-        grouped.setdefault(key(name), []).append(index)
-    return grouped
-
-
-def _same_order(names: list[str], labels: dict[int, str], matched: dict[int, int], open_names: list[int]) -> bool:
-    """Whether position can settle what names leave open: ImageNet has two classes called crane, the hub's data set
-    calls the second one crane2, others call the first one crane bird."""
-    return (
-        len(names) == len(labels)
-        and len(open_names) <= len(names) // 100
-        and all(index == label for index, label in matched.items())
-        and all(_alike(_whole(names[index]), _whole(labels[index])) for index in open_names)
-    )
-
-
-def _alike(one: str, other: str) -> bool:
-    return one.startswith(other) or other.startswith(one)

@@ -65,7 +65,7 @@ def stream_basis(
 
 def narrowed(model: LowRankViTForImageClassification, basis: Tensor) -> LowRankViTForImageClassification:
     """The model whose stream is confined to the directions `basis` (d, r), in r + 1 entries."""
-    return _restated(model, entries(basis).mT)
+    return restated(model, entries(basis).mT)
 
 
 def entries(basis: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def entries(basis: Tensor) -> Tensor:
 def widened(model: LowRankViTForImageClassification, hidden_size: int) -> LowRankViTForImageClassification:
     """The same function in more entries, in directions as good as any."""
     before = model.config.hidden_size
-    return _restated(model, zero_mean_basis(hidden_size - 1)[: before - 1].mT @ zero_mean_basis(before - 1))
+    return restated(model, zero_mean_basis(hidden_size - 1)[: before - 1].mT @ zero_mean_basis(before - 1))
 
 
 def zero_mean_basis(size: int) -> Tensor:
@@ -133,7 +133,7 @@ def _confined_logits(
 
 
 @torch.no_grad()
-def _restated(model: LowRankViTForImageClassification, change: Tensor) -> LowRankViTForImageClassification:
+def restated(model: LowRankViTForImageClassification, change: Tensor) -> LowRankViTForImageClassification:
     """The same function, whose stream is `change` (m, n) times that of `model` (n,): the rows or the columns of
     `change` are orthonormal, all sum to zero, and what of the stream lies outside of the rows is dropped."""
     other = LowRankViTForImageClassification(with_hidden_size(model.config, len(change))).eval()

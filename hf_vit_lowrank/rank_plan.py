@@ -13,6 +13,7 @@ import numpy as np
 from .allocation import SMALLEST_SIZE, ErrorCurve, ImpossibleBudgetError, allocate, allocate_pair, hull_corners
 from .candidates.block import LAST_WIDTH_WEIGHT, BlockCandidates, UnitCosts, last_width_weight
 from .candidates.embedding import EmbeddingCandidates
+from .candidates.pivots import num_pivots
 from .errors import UserError
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import pair
@@ -79,6 +80,18 @@ def with_hidden_size(config: LowRankViTConfig, hidden_size: int) -> LowRankViTCo
         "qkv_bias": True,
         # Of a variance, which is the mean over the entries of what stays the same in all.
         "layer_norm_eps": config.layer_norm_eps * config.hidden_size / hidden_size,
+    }
+    return LowRankViTConfig.from_dict({**config.to_dict(), **changed})
+
+
+def stored(config: LowRankViTConfig) -> LowRankViTConfig:
+    """Of the same model as it is stored: see `pivoting.pivoted`."""
+    ranks, hidden_size = config.embedding_ranks.get("projection"), config.hidden_size
+    changed = {
+        "output_pivots": [num_pivots(heads, hidden_size) for heads in config.value_output_ranks],
+        "projection_pivots": num_pivots([ranks], hidden_size) if ranks else 0,
+        "layer_norm_affine": False,
+        "qkv_bias": True,
     }
     return LowRankViTConfig.from_dict({**config.to_dict(), **changed})
 
@@ -213,7 +226,7 @@ def budgeted_ranks(
     Raises:
         UserError: the limit lies below what the smallest ranks cost; says how much that is.
     """
-    costs, fixed = model_costs(config, cost, native)
+    costs, fixed = model_costs(config if native else stored(config), cost, native)
     of_embedding = embedding_costs(config, cost)
     # At full size there is nothing to choose; two factors may end just above what the piece costs as it is.
     stay_whole = native or limit >= plan_cost(config, cost)
@@ -225,7 +238,8 @@ def budgeted_ranks(
         if native:
             plan = choose_native_ranks(*blocks, last_width=last_width)
         else:
-            curves = embedding.curves(largest, {name: unit for name, (unit, _) in of_embedding.items()}, multiple)
+            units = {name: unit for name, (unit, _) in of_embedding.items()}
+            curves = embedding.curves(largest, units, multiple, int(cost == "parameters"))
             plan = choose_ranks(
                 *blocks, multiple=multiple, with_bypasses=with_bypasses, embedding=curves, last_width=last_width
             )
@@ -260,7 +274,7 @@ def smallest_config(config: LowRankViTConfig, multiple: int, cost: str, native: 
         predicted_loss=math.nan,
         embedding_ranks={} if native else dict.fromkeys(largest_embedding_ranks(config, cost, multiple), multiple),
     )
-    return smallest.apply(config)
+    return smallest.apply(config) if native else stored(smallest.apply(config))
 
 
 def curve_records(
@@ -273,7 +287,7 @@ def curve_records(
     of the sizes.
     """
     records: dict[str, list[Any]] = {"query_key": [], "value_output": [], "mlp_width": []}
-    free = UnitCosts(1, 1, 1, 1)  # corners are where they are whatever a unit costs
+    free = UnitCosts(1, 1, 1, 1)  # pivots apart, corners are where they are whatever a unit costs
     for layer, block in enumerate(candidates):
         chosen = (
             *(sum(plan.query_key_ranks[layer]), sum(plan.value_output_ranks[layer])),
@@ -305,15 +319,18 @@ def plan_cost(config: LowRankViTConfig, cost: str, native: bool = False) -> int:
     costs, fixed = model_costs(config, cost, native)
     for name, (unit, whole) in embedding_costs(config, cost).items():
         fixed += unit * config.embedding_ranks[name] if name in config.embedding_ranks else whole
+    if cost == "parameters":
+        fixed -= config.projection_pivots * config.embedding_ranks.get("projection", 0)
     return fixed + sum(
         unit.query_key * sum(query_key)
-        + unit.value_output * sum(value_output)
+        + (unit.value_output - unit.pivot * pivots) * sum(value_output)
         + unit.width * width
         + unit.bypass * rank
-        for unit, query_key, value_output, width, rank in zip(
+        for unit, query_key, value_output, pivots, width, rank in zip(
             costs,
             config.query_key_ranks,
             config.value_output_ranks,
+            config.output_pivots,
             config.mlp_widths,
             config.bypass_ranks,
             strict=True,
@@ -324,11 +341,11 @@ def plan_cost(config: LowRankViTConfig, cost: str, native: bool = False) -> int:
 def _parameter_costs(config: LowRankViTConfig, native: bool) -> tuple[list[UnitCosts], int]:
     hidden, layers = config.hidden_size, config.num_hidden_layers
     bias, folded = int(config.qkv_bias), int(config.qkv_bias and native)  # transformers' keys and values have biases
-    unit = UnitCosts(2 * hidden + bias + folded, 2 * hidden + folded, 2 * hidden + 1, 2 * hidden)
+    unit = UnitCosts(2 * hidden + bias + folded, 2 * hidden + folded, 2 * hidden + 1, 2 * hidden, pivot=1)
     embeddings = hidden * (config.num_prefix_tokens + 1)
     heads = config.num_tokens_read * (config.num_labels or 0) * (hidden + 1)
-    norms_and_biases = layers * 6 * hidden + 2 * hidden
-    return [unit] * layers, embeddings + heads + norms_and_biases
+    biases, norms = layers * 2 * hidden, (2 * layers + 1) * 2 * hidden * config.layer_norm_affine
+    return [unit] * layers, embeddings + heads + biases + norms
 
 
 def _flop_costs(config: LowRankViTConfig, native: bool) -> tuple[list[UnitCosts], int]:

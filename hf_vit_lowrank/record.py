@@ -12,7 +12,7 @@ from .candidates.block import BlockCandidates
 from .dense import DenseSource, matched_parameters
 from .evaluation import count_flops, count_parameters
 from .model_card import without_folders
-from .rank_plan import RankPlan, curve_records, plan_cost
+from .rank_plan import RankPlan, curve_records, plan_cost, stored
 from .recipe import CompressionRecipe
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
@@ -69,6 +69,8 @@ def planned_size(
 ) -> dict[str, Any]:
     """Of a plan of this package's own method, and the curves it was chosen from."""
     config = ranks.apply(dense.model.config)
+    if not recipe.native:
+        config = stored(config)
     return {
         "plan": _inner_sizes(config),
         "parameters": plan_cost(config, "parameters", recipe.native),
@@ -99,4 +101,6 @@ def _inner_sizes(config: LowRankViTConfig) -> dict[str, Any]:
         "factor_ranks": config.factor_ranks,
         "bypass_ranks": config.bypass_ranks,
         "embedding_ranks": config.embedding_ranks,
+        "output_pivots": config.output_pivots,
+        "projection_pivots": config.projection_pivots,
     }

@@ -45,7 +45,7 @@ SHAPES = {
     "vit-large": (1024, 24, 16, 16),
     "vit-huge": (1280, 32, 16, 14),
 }
-STAGES = ("images", "stream", "statistics", "candidates", "surgery", "compensation")
+STAGES = ("images", "stream", "statistics", "candidates", "surgery", "compensation", "pivots")
 BATCH_SIZE = 32
 FORWARD_BATCHES = 3
 _RESULT = "measured.json"

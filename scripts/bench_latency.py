@@ -30,7 +30,7 @@ from hf_vit_lowrank.dense import from_transformers
 from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.evaluation import count_flops, count_parameters, load_classifier, pick_device
 from hf_vit_lowrank.quantised import quantise
-from hf_vit_lowrank.rank_plan import plan_cost
+from hf_vit_lowrank.rank_plan import plan_cost, stored
 from hf_vit_lowrank.remote.configuration_lowrank_vit import LowRankViTConfig
 from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
 
@@ -167,7 +167,7 @@ def uneven_config(dense: LowRankViTConfig, limit: int) -> LowRankViTConfig:
         fields["query_key_ranks"] = [_ranks(layer, scale, head_size) for layer in query_key]
         fields["value_output_ranks"] = [_ranks(layer, scale, head_size) for layer in value_output]
         fields["mlp_widths"] = [sum(_ranks([share], scale, dense.intermediate_size)) for share in widths]
-        return LowRankViTConfig.from_dict(fields)
+        return stored(LowRankViTConfig.from_dict(fields))
 
     return config(last_that_fits(lambda scale: plan_cost(config(scale), "parameters") <= limit, 0.05, 1.0))
 

@@ -1,8 +1,8 @@
 """Trials of the method, judged on calibration images that nothing is fitted on: what is built in, and what is not.
 
-A trial changes the recipe, or constants or functions of the method. All but those of NARROW leave the stream of tokens
-as wide as it is, whatever the size. Writes trials.json and trials.md into OUTPUT; a
-finished trial is not run again.
+A trial changes the recipe, or constants or functions of the method. All but those of BUILT_IN are without pivots, and
+all but those and NARROW leave the stream of tokens as wide as it is, whatever the size. Writes trials.json and
+trials.md into OUTPUT; a finished trial is not run again.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from hf_vit_lowrank.surgery import shrink
 Constant = tuple[str, str, Any]
 WHOLE_EMBEDDINGS: Constant = ("rank_plan", "largest_embedding_ranks", lambda *_: {})
 WHOLE_STREAM: Constant = ("rank_plan", "STREAM_FROM", 1.0)
+NO_PIVOTS: Constant = ("candidates.pivots", "TENTHS", 0)
 # Of the trials that want a GPU.
 LONG = {"compensation": "distill", "distill_epochs": 180, "batch_size": 64}
 NO_BYPASS: Constant = ("rank_plan", "BYPASS_ROUNDS", 0)
@@ -62,6 +63,7 @@ def by_direction(power: float) -> list[Constant]:
 
 # Trial: what differs in the recipe, and the constants and functions that differ.
 TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
+    "closed form, pivots": ({}, []),
     "closed form": ({}, []),
     "closed form, narrower stream": ({}, []),
     "closed form, narrower stream, not learned": ({}, [("narrowing", "LEARNING_RATE", 0.0)]),
@@ -88,6 +90,7 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     ),
     "closed form, ridges by variance^0.5": ({}, by_direction(0.5)),
     "closed form, ridges by variance": ({}, by_direction(1.0)),
+    "gradient, pivots": ({"compensation": "gradient"}, []),
     "gradient": ({"compensation": "gradient"}, []),
     "gradient, sizes probed": ({"compensation": "gradient", "probe": True}, []),
     "gradient, no random views": ({"compensation": "gradient"}, [("compensation.steps", "VIEWS", 0)]),
@@ -155,7 +158,8 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
         [("compensation.distill", "PLAIN", 0.1), ("augmentation", "CROP_AREA", (0.15, 1.0))],
     ),
 }
-# As the method is built in: the stream gets narrower.
+# As the method is built in.
+BUILT_IN = ("closed form, pivots", "gradient, pivots")
 NARROW = ("closed form, narrower stream", "closed form, narrower stream, not learned")
 TWO_STEPS = "closed form, in two steps"
 # How far to go from the built-in sizes to learned ones.
@@ -203,7 +207,8 @@ def main(
 def _made(calibrated: Calibrated, recipe: CompressionRecipe, name: str) -> tuple[Any, Any]:
     """The model of a trial and, where it was distilled, the curve."""
     calibrated.narrowed.clear()  # another trial's stream
-    with _changed([] if name in NARROW else [WHOLE_STREAM]):
+    unlike_built_in = [] if name in BUILT_IN else [NO_PIVOTS] if name in NARROW else [NO_PIVOTS, WHOLE_STREAM]
+    with _changed(unlike_built_in):
         return _built(calibrated, recipe, name)
 
 
@@ -226,7 +231,8 @@ def _in_two_steps(calibrated: Calibrated, recipe: CompressionRecipe) -> LowRankV
     The stream to reach stays the dense model's.
     """
     assert recipe.reduction is not None
-    half = build(calibrated, replace(recipe, reduction=recipe.reduction / 2)).model
+    with _changed([("compress", "pivoted", lambda model: model)]):  # in the stream of the dense model
+        half = build(calibrated, replace(recipe, reduction=recipe.reduction / 2)).model
     whole = densified(half).requires_grad_(False)
     fitting = embedded_by(half, calibrated.dense.model, calibrated.fitting)
     statistics = collect_statistics(whole, fitting, recipe.seed, torch.float32, None, calibrated.images_at_once)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import tempfile
@@ -15,6 +16,8 @@ import pytest
 _caches = tempfile.mkdtemp(prefix="hf-vit-lowrank-tests-")
 os.environ["HF_HOME"] = _caches
 os.environ["HF_HUB_OFFLINE"] = "1"
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 
 class DigitsData(NamedTuple):
@@ -42,6 +45,12 @@ def random_model(spread: float, **sizes: int):
 def _own_caches() -> Iterator[None]:
     yield
     shutil.rmtree(_caches, ignore_errors=True)
+
+
+@pytest.fixture
+def plain_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is built keeps the stream of the dense model, to be compared with it block by block."""
+    monkeypatch.setattr(importlib.import_module("hf_vit_lowrank.compress"), "pivoted", lambda model: model)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -47,6 +48,20 @@ def test_unequal_costs_lose_at_most_one_step_against_search(curves, budget):
     largest_step = max(float(curve.errors[1] - curve.errors[-1]) for curve in curves)
     assert total_cost(curves, sizes) <= budget
     assert total_error(curves, sizes) <= best_by_search(curves, budget) + largest_step
+
+
+@given(st.lists(convex_curves(), min_size=1, max_size=4), st.integers(0, 2), st.integers(0, 200))
+def test_what_a_size_has_for_nothing_is_spent_as_well(curves, saved, more):
+    curves = [
+        replace(curve, unit_cost=30, saved=saved * np.arange(curve.largest + 1) ** 2)  # each unit costs less
+        for curve in curves
+    ]
+    budget = sum(curve.cost(1) for curve in curves) + more
+    sizes = allocate(curves, budget)
+    left = budget - sum(curve.cost(size) for curve, size in zip(curves, sizes, strict=True))
+    assert left >= 0
+    for curve, size in zip(curves, sizes, strict=True):
+        assert size == curve.largest or curve.cost(size + 1) - curve.cost(size) > left
 
 
 @given(st.lists(convex_curves(unit_cost=2), min_size=1, max_size=5), st.integers(1, 5))

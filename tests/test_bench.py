@@ -17,7 +17,8 @@ from hf_vit_lowrank.bench import DENSE, Method, PreparedImages, accuracy_tables,
 from hf_vit_lowrank.charts import bytes_chart, methods_chart
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.evaluation import evaluate_classifier, load_classifier
-from hf_vit_lowrank.images import open_images, pixel_batches
+from hf_vit_lowrank.images import open_images
+from hf_vit_lowrank.pixels import pixel_batches
 from hf_vit_lowrank.quantised import check_quantisers, quantise, serialised_bytes
 from hf_vit_lowrank.recipe import CompressionRecipe
 

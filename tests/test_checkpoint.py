@@ -21,8 +21,8 @@ from hf_vit_lowrank import checkpoint
 from hf_vit_lowrank.checkpoint import check_target, load_checkpoint, save_checkpoint
 from hf_vit_lowrank.dense import load_dense
 from hf_vit_lowrank.errors import RunError, UserError
-from hf_vit_lowrank.images import load_image_processor
 from hf_vit_lowrank.model_card import model_card
+from hf_vit_lowrank.pixels import load_image_processor
 from hf_vit_lowrank.recipe import CompressionRecipe
 from hf_vit_lowrank.remote.configuration_lowrank_vit import LowRankViTConfig
 from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification
@@ -362,10 +362,10 @@ def test_an_edited_card_is_no_alteration(save, tmp_path: Path):
 
 def test_newer_format_is_a_user_error(save, tmp_path: Path):
     folder = save(tmp_path / "out")
-    _edit("config.json", lambda b: b.replace(b'"format_version": 1', b'"format_version": 2'))(folder)
+    _edit("config.json", lambda b: b.replace(b'"format_version": 2', b'"format_version": 3'))(folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
     _edit_record(lambda r: r["files"].update({"config.json": digest}))(folder)
-    with pytest.raises(UserError, match="format_version 2"):
+    with pytest.raises(UserError, match="format_version 3"):
         load_checkpoint(folder)
 
 

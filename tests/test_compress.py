@@ -73,6 +73,7 @@ def test_the_parameters_reported_are_those_stored(halved):
     assert halved.report["reduction"] >= 0.5
 
 
+@pytest.mark.usefixtures("plain_layout")
 def test_no_reduction_is_the_dense_model(calibrated):
     result = build(calibrated, replace(RECIPE, reduction=0.0, compensation="none"))
     batch = calibrated.held_back[0]
@@ -81,6 +82,7 @@ def test_no_reduction_is_the_dense_model(calibrated):
     assert held_back_agreement(calibrated, result.model) == 1.0
 
 
+@pytest.mark.usefixtures("plain_layout")
 def test_compensation_brings_the_stream_nearer(calibrated):
     smaller = replace(RECIPE, reduction=0.93, rank_multiple=1)
     calibrated, drifts = calibrated.narrower(smaller), []
@@ -97,6 +99,7 @@ def test_compensation_brings_the_stream_nearer(calibrated):
     assert drifts[1][-1] < 0.9 * drifts[0][-1]
 
 
+@pytest.mark.usefixtures("plain_layout")
 def test_compensation_of_a_whole_model_does_no_harm(calibrated):
     model = build(calibrated, replace(RECIPE, reduction=0.0, compensation="none")).model
     drifts = compensate_closed_form(

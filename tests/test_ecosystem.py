@@ -183,7 +183,7 @@ def test_lora_is_trained_and_merged(compressed, digits, tmp_path):
     peft = pytest.importorskip("peft")
     set_seed(0)
     before = load(compressed).eval()
-    parts = ["query", "key_value", "output", "up", "down"]
+    parts = ["query", "key_value", "output.rest", "up", "down"]
     settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=parts, modules_to_save=["classifier"])
     model = peft.get_peft_model(load(compressed), settings)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -243,7 +243,7 @@ def test_ways_of_loading(options, compressed, digits):
     whole, model = load(compressed), load(compressed, **options)
     assert {parameter.dtype for parameter in model.parameters()} == {options.get("dtype", torch.float32)}
     assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
-    assert abs(accuracy(model, digits) - accuracy(whole, digits)) <= 0.004
+    assert abs(accuracy(model, digits) - accuracy(whole, digits)) < 0.005
     share = serialised_bytes(model) / serialised_bytes(whole)
     assert share < (0.6 if "dtype" in options else 1.01)
 

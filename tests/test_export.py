@@ -22,7 +22,7 @@ from hf_vit_lowrank.dense import from_transformers, load_dense, to_transformers
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.evaluation import count_flops, count_parameters
 from hf_vit_lowrank.export import densified, export_dense, export_native, export_onnx
-from hf_vit_lowrank.images import load_image_processor
+from hf_vit_lowrank.pixels import load_image_processor
 from hf_vit_lowrank.recipe import CompressionRecipe
 from hf_vit_lowrank.remote.configuration_lowrank_vit import FACTORABLE, FACTORABLE_EMBEDDINGS, LowRankViTConfig
 from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification

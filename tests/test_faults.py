@@ -32,9 +32,10 @@ from hf_vit_lowrank.compensation import gradient
 from hf_vit_lowrank.compress import compress
 from hf_vit_lowrank.dense import load_dense
 from hf_vit_lowrank.errors import RunError, UserError
-from hf_vit_lowrank.images import load_image_processor, open_images, pixel_batches
+from hf_vit_lowrank.images import open_images
 from hf_vit_lowrank.linalg import eigh
 from hf_vit_lowrank.out_of_memory import with_smaller_batches
+from hf_vit_lowrank.pixels import load_image_processor, pixel_batches
 from hf_vit_lowrank.presets import PRESETS
 from hf_vit_lowrank.recipe import CompressionRecipe
 from hf_vit_lowrank.statistics import collect_statistics

@@ -28,8 +28,8 @@ from hf_vit_lowrank.compress import CompressionResult
 from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.evaluation import load_classifier
 from hf_vit_lowrank.hub import PushReport, push_folder
-from hf_vit_lowrank.images import load_image_processor
 from hf_vit_lowrank.model_card import model_card, pinned_revision
+from hf_vit_lowrank.pixels import load_image_processor
 
 REPOSITORY = "org/deit-b-lowrank60"
 COMMITS = "/commit/"

@@ -16,7 +16,9 @@ from transformers import ViTImageProcessorPil
 
 from hf_vit_lowrank import images, progress
 from hf_vit_lowrank.errors import RunError, UserError
-from hf_vit_lowrank.images import decode_image, load_image_processor, match_labels, open_images, pixel_batches
+from hf_vit_lowrank.images import decode_image, open_images
+from hf_vit_lowrank.labels import match_labels
+from hf_vit_lowrank.pixels import load_image_processor, pixel_batches
 
 DATA = Path(os.environ.get("HF_VIT_LOWRANK_DATA", Path(__file__).parents[2] / "shared" / "data"))
 RED, GREEN, BLUE = (200, 30, 40), (51, 204, 51), (10, 40, 220)

@@ -16,8 +16,8 @@ from hf_vit_lowrank.allocation import ErrorCurve, ImpossibleBudgetError, energy_
 from hf_vit_lowrank.checkpoint import load_checkpoint, save_checkpoint
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.evaluation import count_parameters
-from hf_vit_lowrank.images import load_image_processor
 from hf_vit_lowrank.linear_statistics import linear_of, query_scale, traced_linears, whole_weights
+from hf_vit_lowrank.pixels import load_image_processor
 from hf_vit_lowrank.presets import PRESETS
 from hf_vit_lowrank.presets.factored import all_candidates, factored_parameters, uniform_ranks
 from hf_vit_lowrank.presets.inputs import PresetInputs

@@ -64,6 +64,7 @@ def test_a_whole_mlp_is_probed_without_its_bypass(calibrated):
     assert probing._with_size(plan, 1, candidate, 2, width - 1).bypass_ranks == plan.bypass_ranks
 
 
+@pytest.mark.usefixtures("plain_layout")
 def test_worth_is_what_the_whole_model_loses(calibrated, monkeypatch):
     monkeypatch.setattr(probing, "STEP", 1 / 4)
     # Which of two ridges is better may hang on the last bits, which other batches change.

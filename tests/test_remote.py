@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from hf_vit_lowrank.checkpoint import save_checkpoint
-from hf_vit_lowrank.images import load_image_processor
+from hf_vit_lowrank.pixels import load_image_processor
 from hf_vit_lowrank.remote.configuration_lowrank_vit import FACTORABLE, FORMAT_VERSION, LowRankViTConfig
 from hf_vit_lowrank.remote.modeling_lowrank_vit import FEW_IMAGES, LowRankViTAttention, LowRankViTForImageClassification
 
@@ -114,8 +114,14 @@ def configs(draw) -> LowRankViTConfig:
     layers, heads, hidden, intermediate = draw(st.integers(1, 3)), draw(st.integers(1, 3)), 12, 20
     layer = st.lists(st.integers(0, hidden), min_size=heads, max_size=heads).filter(any)
     ranks = st.lists(layer, min_size=layers, max_size=layers)
-    token = draw(st.booleans())
+    token, value_output = draw(st.booleans()), draw(ranks)
     factors = st.dictionaries(st.sampled_from(FACTORABLE), st.integers(1, hidden))
+    factor_ranks = draw(st.none() | st.lists(factors, min_size=layers, max_size=layers))
+    embedding = draw(st.none() | st.dictionaries(st.sampled_from(["projection", "positions"]), st.integers(1, hidden)))
+    most = [
+        0 if factor_ranks and "output" in factor_ranks[layer] else min(*heads, hidden - 1)
+        for layer, heads in enumerate(value_output)
+    ]
     return LowRankViTConfig(
         hidden_size=hidden,
         num_hidden_layers=layers,
@@ -129,13 +135,14 @@ def configs(draw) -> LowRankViTConfig:
         use_distillation_head=token and draw(st.booleans()),
         num_labels=draw(st.integers(1, 4)),
         query_key_ranks=draw(ranks),
-        value_output_ranks=draw(ranks),
+        value_output_ranks=value_output,
         mlp_widths=draw(st.lists(st.integers(1, intermediate), min_size=layers, max_size=layers)),
-        factor_ranks=draw(st.none() | st.lists(factors, min_size=layers, max_size=layers)),
+        factor_ranks=factor_ranks,
         bypass_ranks=draw(st.none() | st.lists(st.integers(0, hidden), min_size=layers, max_size=layers)),
-        embedding_ranks=draw(
-            st.none() | st.dictionaries(st.sampled_from(["projection", "positions"]), st.integers(1, hidden))
-        ),
+        embedding_ranks=embedding,
+        output_pivots=draw(st.none() | st.tuples(*(st.integers(0, pivots) for pivots in most)).map(list)),
+        projection_pivots=draw(st.integers(0, min((embedding or {}).get("projection", 0), hidden - 1))),
+        layer_norm_affine=draw(st.booleans()),
     )
 
 
@@ -144,6 +151,14 @@ def ragged_config(**fields) -> LowRankViTConfig:
     plan = {**ranks, "mlp_widths": [6, 11]}
     sizes = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
     return LowRankViTConfig(**{**sizes, "image_size": 16, "patch_size": 8, "num_labels": 4, **plan, **fields})
+
+
+PIVOTED = {
+    "output_pivots": [2, 0],
+    "embedding_ranks": {"projection": 7},
+    "projection_pivots": 6,
+    "layer_norm_affine": False,
+}
 
 
 def make_model(config: LowRankViTConfig, attention: str = "sdpa") -> LowRankViTForImageClassification:
@@ -170,7 +185,10 @@ def parameters_of_plan(config: LowRankViTConfig) -> int:
     total += embedding["projection"] * (values + d) if "projection" in embedding else values * d
     total += embedding["positions"] * (tokens + d) if "positions" in embedding else tokens * d
     for qk, vo, width in zip(config.query_key_ranks, config.value_output_ranks, config.mlp_widths, strict=True):
-        total += sum(qk) * (2 * d + config.qkv_bias) + sum(vo) * 2 * d + d + width * (2 * d + 1) + d + 4 * d
+        total += sum(qk) * (2 * d + config.qkv_bias) + sum(vo) * 2 * d + d + width * (2 * d + 1) + d
+    total += (2 * config.num_hidden_layers + 1) * 2 * d * config.layer_norm_affine
+    total -= sum(sum(vo) * same for vo, same in zip(config.value_output_ranks, config.output_pivots, strict=True))
+    total -= embedding.get("projection", 0) * config.projection_pivots
     for layer, factors in enumerate(config.factor_ranks):
         qk, vo = sum(config.query_key_ranks[layer]), sum(config.value_output_ranks[layer])
         inner = {"query_key_value": 2 * qk + vo, "output": vo}
@@ -180,7 +198,7 @@ def parameters_of_plan(config: LowRankViTConfig) -> int:
         if "query_key_value" in factors:
             total += 2 * qk + vo - config.qkv_bias * qk
     total += sum(2 * d * rank for rank in config.bypass_ranks)
-    return total + 2 * d + (d + 1) * labels * (1 + config.use_distillation_head)
+    return total + (d + 1) * labels * (1 + config.use_distillation_head)
 
 
 def reference_logits(model: LowRankViTForImageClassification, pixels: torch.Tensor) -> torch.Tensor:
@@ -192,16 +210,22 @@ def reference_logits(model: LowRankViTForImageClassification, pixels: torch.Tens
             return linear(x @ state[f"{name}.reduce.weight"].T, f"{name}.expand")
         return x @ state[f"{name}.weight"].T + state.get(f"{name}.bias", 0.0)
 
+    def pivoted(groups: list[torch.Tensor], pivots: int, name: str) -> torch.Tensor:
+        first, rest = torch.stack([group[..., :pivots] for group in groups]).sum(0), state[f"{name}.rest.weight"]
+        return torch.cat((first, torch.cat(groups, -1) @ rest.T), -1) + state[f"{name}.bias"]
+
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         centred = x - x.mean(-1, keepdim=True)
         scaled = centred / (centred.square().mean(-1, keepdim=True) + config.layer_norm_eps).sqrt()
-        return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
+        return scaled * state[f"{name}.weight"] + state[f"{name}.bias"] if config.layer_norm_affine else scaled
 
     size = config.patch_size
     patches = pixels.double().unfold(2, size, size).unfold(3, size, size)  # batch, channel, row, column, size, size
     patches = patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
     state |= {name: tensor.flatten(1) for name, tensor in state.items() if tensor.dim() == 4}  # kernels
     x = linear(patches, "vit.embeddings.projection")
+    if config.projection_pivots:
+        x = pivoted([x], config.projection_pivots, "vit.embeddings.expand")
     for name in ("distillation_token", "cls_token"):
         if f"vit.embeddings.{name}" in state:
             x = torch.cat((state[f"vit.embeddings.{name}"].expand(len(x), 1, -1), x), 1)
@@ -223,7 +247,10 @@ def reference_logits(model: LowRankViTForImageClassification, pixels: torch.Tens
             scores = queries[..., at : at + r_qk] @ keys[..., at : at + r_qk].transpose(1, 2)
             contexts.append(scores.softmax(-1) @ values[..., out_at : out_at + r_vo])
             at, out_at = at + r_qk, out_at + r_vo
-        x = x + linear(torch.cat(contexts, -1), f"{block}.attention.output")
+        if config.output_pivots[layer]:
+            x = x + pivoted(contexts, config.output_pivots[layer], f"{block}.attention.output")
+        else:
+            x = x + linear(torch.cat(contexts, -1), f"{block}.attention.output")
         normed = norm(x, f"{block}.mlp_norm")
         x = x + linear(torch.nn.functional.gelu(linear(normed, f"{block}.mlp.up")), f"{block}.mlp.down")
         if config.bypass_ranks[layer]:
@@ -315,8 +342,10 @@ def test_parameter_names_are_frozen():
 def test_newer_format_is_refused(image_processor, tmp_path: Path):
     save_checkpoint(make_model(ragged_config()), image_processor, tmp_path / "out", record={}, card="")
     path = tmp_path / "out" / "config.json"
-    path.write_text(path.read_text().replace('"format_version": 1', f'"format_version": {FORMAT_VERSION + 1}'))
-    with pytest.raises(ValueError, match="format_version 2, but the code knows only up to 1"):
+    path.write_text(
+        path.read_text().replace(f'"format_version": {FORMAT_VERSION}', f'"format_version": {FORMAT_VERSION + 1}')
+    )
+    with pytest.raises(ValueError, match="format_version 3, but the code knows only up to 2"):
         LowRankViTForImageClassification.from_pretrained(tmp_path / "out")
 
 
@@ -345,6 +374,17 @@ def test_newer_format_is_refused(image_processor, tmp_path: Path):
         ({"embedding_ranks": [3]}, "embedding_ranks must map names"),
         ({"bypass_ranks": [1]}, "bypass_ranks must hold 2 numbers"),
         ({"bypass_ranks": [1, -1]}, "bypass_ranks must be whole numbers from 0 to 12"),
+        ({"output_pivots": [1]}, "output_pivots must hold 2 numbers"),
+        ({"output_pivots": [3, 0]}, "output_pivots must be whole numbers up to the smallest rank"),
+        ({"output_pivots": [2, -1]}, "output_pivots must be whole numbers"),
+        (
+            {"output_pivots": [1, 0], "factor_ranks": [{"output": 3}, {}]},
+            "0 where the output weight is a product of two",
+        ),
+        ({"projection_pivots": 1}, "projection_pivots must be a whole number up to 0"),
+        ({"projection_pivots": 4, "embedding_ranks": {"projection": 3}}, "projection_pivots must be .* up to 3"),
+        ({"projection_pivots": 12, "embedding_ranks": {"projection": 12}}, "projection_pivots must be .* up to 11"),
+        ({"layer_norm_affine": 1}, "layer_norm_affine must be true or false"),
         ({"use_distillation_head": True}, "needs use_distillation_token"),
     ],
 )
@@ -354,8 +394,8 @@ def test_invalid_plans_are_refused(fields, message):
 
 
 @torch.no_grad()
-def test_what_fills_heads_up_is_made_again_on_loading(image_processor, tmp_path: Path):
-    model, pixels = make_model(ragged_config()), make_pixels(ragged_config())
+def test_what_follows_from_sizes_is_made_again_on_loading(image_processor, tmp_path: Path):
+    model, pixels = make_model(ragged_config(**PIVOTED)), make_pixels(ragged_config())
     save_checkpoint(model, image_processor, tmp_path / "out", record={}, card="")
     loaded = LowRankViTForImageClassification.from_pretrained(tmp_path / "out")
     with patch.object(LowRankViTAttention, "_is_fused", return_value=True):  # as on a GPU
@@ -364,9 +404,9 @@ def test_what_fills_heads_up_is_made_again_on_loading(image_processor, tmp_path:
 
 @torch.no_grad()
 def test_a_model_made_on_the_meta_device_can_be_filled():
-    model, pixels = make_model(ragged_config()), make_pixels(ragged_config())
+    model, pixels = make_model(ragged_config(**PIVOTED)), make_pixels(ragged_config())
     with torch.device("meta"):
-        empty = LowRankViTForImageClassification(ragged_config())
+        empty = LowRankViTForImageClassification(ragged_config(**PIVOTED))
     assert {tensor.device.type for tensor in (*empty.parameters(), *empty.buffers())} == {"meta"}
     filled = empty.to_empty(device="cpu").eval()
     filled.load_state_dict(model.state_dict())

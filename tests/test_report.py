@@ -88,7 +88,7 @@ def test_disagreements_are_those_of_the_two_models(evaluation, checkpoint, digit
     import torch
 
     from hf_vit_lowrank.evaluation import load_classifier
-    from hf_vit_lowrank.images import pixel_batches
+    from hf_vit_lowrank.pixels import pixel_batches
 
     (small, processor), (dense, _) = load_classifier(str(checkpoint)), load_classifier(str(digits_model))
     pixels = torch.cat([batch.pixel_values for batch in pixel_batches(stream, processor, 50)])

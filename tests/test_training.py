@@ -64,7 +64,7 @@ def test_training_block_by_block_brings_the_model_nearer_to_the_dense_one(calibr
     assert after < before
     report = trained.report["gradient"]
     assert after < report["before"] <= before  # with the confidence that the model as it was refitted should have
-    assert report["after"] == pytest.approx(after, rel=1e-6)
+    assert report["after"] == pytest.approx(after, rel=1e-4)
     assert all(block["after"] < block["before"] for block in report["blocks"] if block["kept"])
     assert not any(trained.model.config.bypass_ranks)
 
@@ -74,8 +74,8 @@ def test_distillation_brings_it_nearer_still(calibrated, trained, distilled):
     before, after = (held_back_divergence(calibrated, one.model) for one in (trained, distilled))
     assert record["kept"]
     assert after < before
-    assert record["before"] == pytest.approx(before, rel=1e-6)
-    assert record["after"] == pytest.approx(after, rel=1e-6)
+    assert record["before"] == pytest.approx(before, rel=1e-4)
+    assert record["after"] == pytest.approx(after, rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_bits(calibrated, shortly_distilled):
@@ -93,6 +93,7 @@ def test_a_distilled_model_is_saved_as_it_is(shortly_distilled, tmp_path):
         assert torch.allclose(saved(pixels).logits, shortly_distilled.model(pixels).logits, atol=1e-6)
 
 
+@pytest.mark.usefixtures("plain_layout")
 def test_a_block_that_training_makes_worse_stays_as_it_was(calibrated, monkeypatch):
     monkeypatch.setattr("hf_vit_lowrank.rank_plan.STREAM_FROM", 1.0)
     monkeypatch.setattr("hf_vit_lowrank.compensation.gradient.LEARNING_RATE", 10.0)
@@ -129,6 +130,7 @@ def test_few_held_back_images_do_not_tell_how_sure_a_model_is(calibrated, traine
     assert steps._match_confidence(few, copy.deepcopy(trained.model)) == 1.0
 
 
+@pytest.mark.usefixtures("plain_layout")
 def test_views_are_trained_on_but_not_refitted_on(calibrated, monkeypatch):
     """Two views of one image in the two halves of the images would make its noise look like knowledge."""
     monkeypatch.setattr("hf_vit_lowrank.rank_plan.STREAM_FROM", 1.0)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from hf_vit_lowrank.checkpoint import file_sha256, load_checkpoint, rewrite_card, save_checkpoint, unedited_card
 from hf_vit_lowrank.cli import app
 from hf_vit_lowrank.errors import RunError, UserError
-from hf_vit_lowrank.images import load_image_processor
+from hf_vit_lowrank.pixels import load_image_processor
 from hf_vit_lowrank.verification import verify_checkpoint
 
 

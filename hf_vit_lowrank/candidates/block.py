@@ -13,6 +13,7 @@ from ..statistics import BlockStatistics, TokenGroups, token_weight
 from .bypass import BypassCandidate, bypass_candidate
 from .elimination import Elimination
 from .mlp_width import mlp_width_candidate
+from .pivots import num_pivots
 from .query_key import QueryKeyLayer, query_key_candidate, query_key_layer
 from .value_output import ValueOutputCandidate, value_output_candidate
 
@@ -35,12 +36,14 @@ def last_width_weight(removed: float) -> float:
 
 @dataclass(frozen=True)
 class UnitCosts:
-    """What one unit of inner size costs in a block, in parameters or FLOPs."""
+    """What one unit of inner size costs in a block, in parameters or FLOPs; of that, `pivot` is what a pivot saves of
+    each dimension of value-output (`pivots.py`)."""
 
     query_key: int
     value_output: int
     width: int
     bypass: int
+    pivot: int = 0
 
 
 @dataclass(frozen=True)
@@ -76,9 +79,15 @@ class BlockCandidates:
         width = factors[2] * (1.0 if self.reads_all_tokens else last_width) * self.width.errors
         return [
             ErrorCurve(query_key.numpy(), costs.query_key, smallest=heads, step=multiple),
-            ErrorCurve(value_output.numpy(), costs.value_output, step=multiple),
+            ErrorCurve(value_output.numpy(), costs.value_output, step=multiple, saved=self._saved(costs)),
             ErrorCurve(width.numpy(), costs.width, step=multiple),
         ]
+
+    def _saved(self, costs: UnitCosts) -> np.ndarray:
+        """By the pivots of every value-output size."""
+        counts, hidden_size = self.value_output.head_counts().numpy(), len(self.down_weight)
+        pivots = np.array([num_pivots(ranks, hidden_size) for ranks in counts.tolist()])
+        return costs.pivot * pivots * np.arange(len(counts))
 
     def bypass(self, width: int) -> BypassCandidate:
         """Beside this many hidden units."""

@@ -8,14 +8,16 @@ patches t. Γ is the mean outer product of the loss gradients of a patch token. 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..allocation import ErrorCurve
 from ..statistics import Moments, TokenGroups
 from .factored import FactoredCandidate, factored_candidate
+from .pivots import num_pivots
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,21 @@ class EmbeddingCandidates:
     positions: FactoredCandidate
     positions_mean: Tensor
 
-    def curves(self, largest: Mapping[str, int], costs: Mapping[str, int], multiple: int) -> dict[str, ErrorCurve]:
+    def curves(
+        self, largest: Mapping[str, int], costs: Mapping[str, int], multiple: int, pivot: int = 0
+    ) -> dict[str, ErrorCurve]:
         """Of the pieces named in `largest`: see `FactoredCandidate.curve`. costs: of one rank. Half a squared gradient
-        is a loss."""
+        is a loss. pivot: what each of the projection's saves for one rank."""
         scaled = {"projection": (self.projection, 0.5 * len(self.positions.expand)), "positions": (self.positions, 0.5)}
         pieces = {name: (*scaled[name], rank) for name, rank in largest.items()}
-        return {name: piece.curve(scale, rank, costs[name], multiple) for name, (piece, scale, rank) in pieces.items()}
+        curves = {
+            name: piece.curve(scale, rank, costs[name], multiple) for name, (piece, scale, rank) in pieces.items()
+        }
+        if "projection" in curves:
+            ranks, hidden_size = range(1 + largest["projection"]), len(self.projection_mean)
+            saved = np.array([pivot * rank * num_pivots([rank], hidden_size) for rank in ranks] + [0])
+            curves["projection"] = replace(curves["projection"], saved=saved)
+        return curves
 
 
 def embedding_candidates(projections: Moments, positions: Tensor, gradient: TokenGroups) -> EmbeddingCandidates:

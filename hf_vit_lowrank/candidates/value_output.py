@@ -29,8 +29,14 @@ class ValueOutputCandidate:
 
     def head_ranks(self, size: int) -> list[int]:
         """Dimensions left per head when `size` are left in all."""
+        return self.head_counts()[size].tolist()
+
+    def head_counts(self) -> Tensor:
+        """Those of all sizes, 0, 1, …: (sizes, heads)."""
         heads, head_size, _ = self.basis.shape
-        return torch.bincount(self.elimination.kept(size) // head_size, minlength=heads).tolist()
+        left = self.elimination.order.flip(0) // head_size
+        counts = (left.unsqueeze(1) == torch.arange(heads)).cumsum(0)
+        return torch.cat((counts.new_zeros(1, heads), counts))
 
 
 def value_output_candidate(

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 # The weights of a block that can be a product of two; queries, keys and values then share one.
 FACTORABLE = ("query_key_value", "output", "up", "down")
 # The pieces of the embeddings that can: the projection of the patches, and the position embeddings.
@@ -36,6 +36,10 @@ class LowRankViTConfig(PretrainedConfig):
         bypass_ranks: per layer, the rank of a low-rank map beside the MLP, from its input to its output; 0 for none.
         embedding_ranks: the ranks of the pieces of the embeddings stored as a product of two, by name
             (`FACTORABLE_EMBEDDINGS`); one that is not named is whole.
+        output_pivots: per layer, for how many entries of the stream the output weights of the heads are an identity,
+            which is not stored (`PivotedLinear`); 0 for none.
+        projection_pivots: the same for the second factor of the projection of the patches.
+        layer_norm_affine: whether layer norms have a scale and a shift of their own.
         dense_hidden_size: hidden size of the dense model, where `hidden_size` is smaller; else the same.
         use_distillation_token: a second prefix token, as in DeiT.
         use_distillation_head: a second classifier that reads the distillation token; the logits are averaged.
@@ -72,6 +76,9 @@ class LowRankViTConfig(PretrainedConfig):
         factor_ranks: list[dict[str, int]] | None = None,
         bypass_ranks: list[int] | None = None,
         embedding_ranks: dict[str, int] | None = None,
+        output_pivots: list[int] | None = None,
+        projection_pivots: int = 0,
+        layer_norm_affine: bool = True,
         dense_hidden_size: int | None = None,
         format_version: int = FORMAT_VERSION,
         **kwargs: Any,
@@ -101,6 +108,9 @@ class LowRankViTConfig(PretrainedConfig):
         self.factor_ranks = [{} for _ in range(num_hidden_layers)] if factor_ranks is None else factor_ranks
         self.bypass_ranks = [0] * num_hidden_layers if bypass_ranks is None else bypass_ranks
         self.embedding_ranks = {} if embedding_ranks is None else embedding_ranks
+        self.output_pivots = [0] * num_hidden_layers if output_pivots is None else output_pivots
+        self.projection_pivots = projection_pivots
+        self.layer_norm_affine = layer_norm_affine
         self._check()
         self._check_total(kwargs)
         super().__init__(**kwargs)
@@ -179,6 +189,26 @@ class LowRankViTConfig(PretrainedConfig):
             raise ValueError(f"bypass_ranks must hold {self.num_hidden_layers} numbers, one per layer.")
         if any(not _is_count(rank, 0, self.hidden_size) for rank in self.bypass_ranks):
             raise ValueError(f"bypass_ranks must be whole numbers from 0 to {self.hidden_size}.")
+        self._check_pivots()
+
+    def _check_pivots(self) -> None:
+        if not isinstance(self.layer_norm_affine, bool):
+            raise ValueError(f"layer_norm_affine must be true or false, not {self.layer_norm_affine!r}.")
+        if not _is_list(self.output_pivots, self.num_hidden_layers):
+            raise ValueError(f"output_pivots must hold {self.num_hidden_layers} numbers, one per layer.")
+        for pivots, heads, factors in zip(  # noqa: B905  (as in the modeling file)
+            self.output_pivots, self.value_output_ranks, self.factor_ranks
+        ):
+            if not _is_count(pivots, 0, 0 if "output" in factors else min(*heads, self.hidden_size - 1)):
+                raise ValueError(
+                    f"output_pivots must be whole numbers up to the smallest rank of a layer's heads, not {pivots!r}; "
+                    "0 where the output weight is a product of two."
+                )
+        largest = min(self.embedding_ranks.get("projection", 0), self.hidden_size - 1)
+        if not _is_count(self.projection_pivots, 0, largest):
+            raise ValueError(
+                f"projection_pivots must be a whole number up to {largest}, not {self.projection_pivots!r}."
+            )
 
     def _check_named_ranks(self, field: str, ranks: Any, names: tuple[str, ...]) -> None:
         if not isinstance(ranks, dict) or not set(ranks) <= set(names):
