@@ -185,6 +185,11 @@ def make_norm(config: LowRankViTConfig) -> Any:
     return PlainNorm(config.hidden_size, config.layer_norm_eps)
 
 
+def leading(tokens: torch.Tensor, number: int | None) -> torch.Tensor:
+    """The first `number` of (batch, tokens, hidden), or all without a call."""
+    return tokens if number is None else tokens[:, :number]
+
+
 def split_heads(states: torch.Tensor, num_heads: int) -> torch.Tensor:
     """(batch, tokens, heads * size) to (batch, heads, tokens, size)."""
     return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
@@ -290,11 +295,11 @@ class LowRankViTAttention(_WithConstants):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(batch, queries, sum of query-key ranks), and keys and values side by side, (batch, tokens, sum of both)."""
         if not self.is_factored:
-            return self.query(hidden_states[:, :num_queries]), self.key_value(hidden_states)
+            return self.query(leading(hidden_states, num_queries)), self.key_value(hidden_states)
         scores_size, context_size = sum(self.query_key_ranks), sum(self.value_output_ranks)
         all_three = self.query_key_value(hidden_states)
         query, key_value = all_three.split([scores_size, scores_size + context_size], dim=-1)
-        return query[:, :num_queries], key_value
+        return leading(query, num_queries), key_value
 
     def _fused(self, query: torch.Tensor, key_value: torch.Tensor) -> torch.Tensor:
         if self.is_padded:
@@ -369,7 +374,7 @@ class LowRankViTBlock(GradientCheckpointingLayer):
         self, hidden_states: torch.Tensor, num_queries: int | None = None, output_attentions: bool = False
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         update, attention = self.attention(self.attention_norm(hidden_states), num_queries, output_attentions)
-        hidden_states = hidden_states[:, :num_queries] + self.dropout(update)
+        hidden_states = leading(hidden_states, num_queries) + self.dropout(update)
         hidden_states = hidden_states + self.dropout(self.mlp(self.mlp_norm(hidden_states)))
         return hidden_states, attention
 
