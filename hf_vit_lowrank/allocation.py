@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -39,9 +40,13 @@ class ErrorCurve:
 
     @property
     def sizes(self) -> list[int]:
-        """All that may be chosen, ascending."""
+        """All that may be chosen, ascending; what costs no less than a larger size is none."""
         first = -(-self.smallest // self.step) * self.step
-        return [*range(first, self.largest, self.step), self.largest]
+        chosen = [self.largest]
+        for size in reversed(range(first, self.largest, self.step)):
+            if self.cost(size) < self.cost(chosen[-1]):
+                chosen.append(size)
+        return chosen[::-1]
 
 
 class ImpossibleBudgetError(Exception):
@@ -114,14 +119,15 @@ def _saving(curve: ErrorCurve, smaller: int, larger: int) -> float:
 
 def _spend(curves: Sequence[ErrorCurve], sizes: list[int], left: int) -> list[int]:
     """Add single steps, the best saving per cost first, as long as one fits."""
+    offered = [curve.sizes for curve in curves]
     while True:
         best, chosen, reached = -1.0, None, 0
-        for piece, curve in enumerate(curves):
-            size = min((sizes[piece] // curve.step + 1) * curve.step, curve.largest)
-            if sizes[piece] < size and curve.cost(size) - curve.cost(sizes[piece]) <= left:
-                saving = _saving(curve, sizes[piece], size)
+        for piece, (curve, choices) in enumerate(zip(curves, offered, strict=True)):
+            larger = choices[bisect_right(choices, sizes[piece]) :]
+            if larger and curve.cost(larger[0]) - curve.cost(sizes[piece]) <= left:
+                saving = _saving(curve, sizes[piece], larger[0])
                 if saving > best:
-                    best, chosen, reached = saving, piece, size
+                    best, chosen, reached = saving, piece, larger[0]
         if chosen is None:
             return sizes
         left -= curves[chosen].cost(reached) - curves[chosen].cost(sizes[chosen])

@@ -64,6 +64,18 @@ def test_what_a_size_has_for_nothing_is_spent_as_well(curves, saved, more):
         assert size == curve.largest or curve.cost(size + 1) - curve.cost(size) > left
 
 
+@given(convex_curves(), st.lists(st.integers(0, 40), min_size=6, max_size=6), st.integers(0, 60))
+def test_of_sizes_that_cost_no_less_than_a_larger_one_none_is_chosen(curve, saved, more):
+    curve = replace(curve, unit_cost=20, saved=np.array(saved[: curve.largest + 1]))
+    costs = {size: curve.cost(size) for size in range(1, curve.largest + 1)}
+    cheapest = min(costs.values())
+    (size,) = allocate([curve], cheapest + more)
+    assert size == max(size for size, cost in costs.items() if cost <= cheapest + more)
+    with pytest.raises(ImpossibleBudgetError) as raised:
+        allocate([curve], cheapest - 1)
+    assert raised.value.smallest_cost == cheapest
+
+
 @given(st.lists(convex_curves(unit_cost=2), min_size=1, max_size=5), st.integers(1, 5))
 @settings(max_examples=100, deadline=None)
 def test_never_worse_than_uniform(curves, uniform):
