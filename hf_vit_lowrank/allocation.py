@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
@@ -38,7 +39,7 @@ class ErrorCurve:
     def largest(self) -> int:
         return len(self.errors) - 1
 
-    @property
+    @cached_property
     def sizes(self) -> list[int]:
         """All that may be chosen, ascending; what costs no less than a larger size is none."""
         first = -(-self.smallest // self.step) * self.step
@@ -119,11 +120,10 @@ def _saving(curve: ErrorCurve, smaller: int, larger: int) -> float:
 
 def _spend(curves: Sequence[ErrorCurve], sizes: list[int], left: int) -> list[int]:
     """Add single steps, the best saving per cost first, as long as one fits."""
-    offered = [curve.sizes for curve in curves]
     while True:
         best, chosen, reached = -1.0, None, 0
-        for piece, (curve, choices) in enumerate(zip(curves, offered, strict=True)):
-            larger = choices[bisect_right(choices, sizes[piece]) :]
+        for piece, curve in enumerate(curves):
+            larger = curve.sizes[bisect_right(curve.sizes, sizes[piece]) :]
             if larger and curve.cost(larger[0]) - curve.cost(sizes[piece]) <= left:
                 saving = _saving(curve, sizes[piece], larger[0])
                 if saving > best:

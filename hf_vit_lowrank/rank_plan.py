@@ -84,12 +84,14 @@ def with_hidden_size(config: LowRankViTConfig, hidden_size: int) -> LowRankViTCo
     return LowRankViTConfig.from_dict({**config.to_dict(), **changed})
 
 
-def stored(config: LowRankViTConfig) -> LowRankViTConfig:
-    """Of the same model as it is stored: see `pivoting.pivoted`."""
-    ranks, hidden_size = config.embedding_ranks.get("projection"), config.hidden_size
+def stored(config: LowRankViTConfig, native: bool = False) -> LowRankViTConfig:
+    """Of the same model as it is stored: see `pivoting.pivoted`. A native one is stored as it is."""
+    if native:
+        return config
+    rank, hidden_size = config.embedding_ranks.get("projection"), config.hidden_size
     changed = {
         "output_pivots": [num_pivots(heads, hidden_size) for heads in config.value_output_ranks],
-        "projection_pivots": num_pivots([ranks], hidden_size) if ranks else 0,
+        "projection_pivots": num_pivots([rank], hidden_size) if rank else 0,
         "layer_norm_affine": False,
         "qkv_bias": True,
     }
@@ -226,7 +228,7 @@ def budgeted_ranks(
     Raises:
         UserError: the limit lies below what the smallest ranks cost; says how much that is.
     """
-    costs, fixed = model_costs(config if native else stored(config), cost, native)
+    costs, fixed = model_costs(stored(config, native), cost, native)
     of_embedding = embedding_costs(config, cost)
     # At full size there is nothing to choose; two factors may end just above what the piece costs as it is.
     stay_whole = native or limit >= plan_cost(config, cost)
@@ -239,7 +241,7 @@ def budgeted_ranks(
             plan = choose_native_ranks(*blocks, last_width=last_width)
         else:
             units = {name: unit for name, (unit, _) in of_embedding.items()}
-            curves = embedding.curves(largest, units, multiple, int(cost == "parameters"))
+            curves = embedding.curves(largest, units, multiple, costs[0].pivot)
             plan = choose_ranks(
                 *blocks, multiple=multiple, with_bypasses=with_bypasses, embedding=curves, last_width=last_width
             )
@@ -274,7 +276,7 @@ def smallest_config(config: LowRankViTConfig, multiple: int, cost: str, native: 
         predicted_loss=math.nan,
         embedding_ranks={} if native else dict.fromkeys(largest_embedding_ranks(config, cost, multiple), multiple),
     )
-    return smallest.apply(config) if native else stored(smallest.apply(config))
+    return stored(smallest.apply(config), native)
 
 
 def curve_records(
@@ -319,8 +321,7 @@ def plan_cost(config: LowRankViTConfig, cost: str, native: bool = False) -> int:
     costs, fixed = model_costs(config, cost, native)
     for name, (unit, whole) in embedding_costs(config, cost).items():
         fixed += unit * config.embedding_ranks[name] if name in config.embedding_ranks else whole
-    if cost == "parameters":
-        fixed -= config.projection_pivots * config.embedding_ranks.get("projection", 0)
+    fixed -= costs[0].pivot * config.projection_pivots * config.embedding_ranks.get("projection", 0)
     return fixed + sum(
         unit.query_key * sum(query_key)
         + (unit.value_output - unit.pivot * pivots) * sum(value_output)

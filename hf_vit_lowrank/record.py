@@ -68,9 +68,7 @@ def planned_size(
     dense: DenseSource, candidates: Sequence[BlockCandidates], recipe: CompressionRecipe, ranks: RankPlan
 ) -> dict[str, Any]:
     """Of a plan of this package's own method, and the curves it was chosen from."""
-    config = ranks.apply(dense.model.config)
-    if not recipe.native:
-        config = stored(config)
+    config = stored(ranks.apply(dense.model.config), recipe.native)
     return {
         "plan": _inner_sizes(config),
         "parameters": plan_cost(config, "parameters", recipe.native),
