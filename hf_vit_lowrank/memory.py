@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import processes
 from .errors import UserError
 from .rank_plan import STREAM_FROM, num_tokens, plan_cost
-from .recipe import TRAINED, VIEWS, CompressionRecipe
+from .recipe import OURS, TRAINED, VIEWS, CompressionRecipe
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import pair
 
@@ -38,13 +39,15 @@ _NEAR_SHARE = 0.25
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """batch_size: images at once. group: blocks whose moments are collected in one pass over the images.
+    """batch_size: images at once. distilled: images at once of those that the whole smaller model is trained on.
+    group: blocks whose moments are collected in one pass over the images.
 
     peak: bytes that the process is expected to take at most. moments: bytes of the moments of all blocks, which a run
     folder holds.
     """
 
     batch_size: int
+    distilled: int
     group: int
     passes: int
     peak: int
@@ -64,13 +67,14 @@ def memory_plan(
 ) -> MemoryPlan:
     """For a model at full rank. Smaller batches come first, then fewer blocks at once, each group a pass of its own.
 
-    batch_size: images at once for the statistics; training takes as many as the recipe says.
+    batch_size: images at once for the statistics; training takes as many as the recipe says, but that the whole smaller
+    model is trained on fewer at once where memory is short.
 
     Raises:
         UserError: a single block and a single image, or the compensation, take more than `limit` bytes; says how much.
     """
     layers, moments = config.num_hidden_layers, _moment_bytes(config)
-    weights, embeddings = 4 * plan_cost(config, "parameters"), recipe.samples * _stream_bytes(config)
+    weights, embeddings = 4 * plan_cost(config, "parameters"), _own_images(recipe) * _stream_bytes(config)
     fixed = _PROGRAM + weights + embeddings
     if recipe.may_narrow and (recipe.reduction is None or recipe.reduction > STREAM_FROM):
         fixed += weights + embeddings  # the dense model stays beside a narrower one
@@ -78,37 +82,51 @@ def memory_plan(
     # All blocks' moments, and the covariances that bypasses are made from, unless they are parked.
     kept = 0 if limit else layers * (moments + 8 * width**2)
     working = kept + _WORKING_MATRICES * 8 * width**2
-    # And while loading, both layouts.
-    later = max(fixed + weights + _compensation_bytes(config, recipe, weights) + working, _PROGRAM + 2 * weights)
 
-    def peak(batch: int, group: int) -> int:
-        return max(fixed + layers * batch * _activation_bytes(config) + group * moments, later)
+    def statistics(batch: int, group: int) -> int:
+        return fixed + layers * batch * _activation_bytes(config) + group * moments
 
-    batch, group = batch_size, layers
+    def compensation(distilled: int) -> int:
+        # Or, while loading, both layouts.
+        steps = _compensation_bytes(config, recipe, weights, distilled)
+        return max(fixed + weights + steps + working, _PROGRAM + 2 * weights)
+
+    batch, distilled, group = batch_size, recipe.batch_size, layers
     if limit is not None:
-        while batch > 1 and peak(batch, 1) > (fixed + limit) // 2:
+        while batch > 1 and statistics(batch, 1) > (fixed + limit) // 2:
             batch //= 2
-        while group > 1 and peak(batch, group) > limit:
+        while group > 1 and statistics(batch, group) > limit:
             group -= 1
-        if peak(batch, group) > limit:
-            raise UserError(
-                f"{limit / 1e9:.1f} GB do not do for this model and {recipe.samples} images: allow at least "
-                f"{peak(batch, group) / 1e9:.1f} GB."
-            )
-    return MemoryPlan(batch, group, -(-layers // group), peak(batch, group), layers * moments)
+        while distilled > 1 and compensation(distilled) > limit:
+            distilled //= 2
+    peak = max(statistics(batch, group), compensation(distilled))
+    if limit is not None and peak > limit:
+        raise UserError(
+            f"{limit / 1e9:.1f} GB do not do for this model and {recipe.samples} images: allow at least "
+            f"{peak / 1e9:.1f} GB."
+        )
+    return MemoryPlan(batch, distilled, group, -(-layers // group), peak, layers * moments)
 
 
-def _compensation_bytes(config: LowRankViTConfig, recipe: CompressionRecipe, weights: int) -> int:
+def _own_images(recipe: CompressionRecipe) -> int:
+    """Of one of several processes; for another method than ours each of them has all."""
+    return -(-recipe.samples // processes.count()) if recipe.preset == OURS else recipe.samples
+
+
+def _compensation_bytes(config: LowRankViTConfig, recipe: CompressionRecipe, weights: int, distilled: int) -> int:
     """Of the step that takes most, beside both models, the images' embeddings and the work on one block."""
-    stream, activations = _stream_bytes(config), recipe.batch_size * _activation_bytes(config)
-    streams = _PROBE_STREAMS if recipe.probe else _REFIT_STREAMS
-    steps = [recipe.samples * streams * stream]
+    own, stream, activations = _own_images(recipe), _stream_bytes(config), _activation_bytes(config)
+    steps = [own * (_PROBE_STREAMS if recipe.probe else _REFIT_STREAMS) * stream]
     if recipe.compensation in TRAINED:
-        pixels = _BYTES_OF_A_PIXEL * config.num_channels * math.prod(pair(config.image_size))
+        # Every process makes its views from all images.
+        pixels = recipe.samples * _BYTES_OF_A_PIXEL * config.num_channels * math.prod(pair(config.image_size))
         training = _TRAINING_STREAMS * (1 + VIEWS) + _REFIT_STREAMS - 1
-        steps.append(recipe.samples * (pixels + training * stream) + activations)
+        steps.append(pixels + own * training * stream + recipe.batch_size * activations)
         if recipe.compensation == "distill":
-            steps.append(recipe.samples * pixels + _COPIES * weights + config.num_hidden_layers * activations)
+            layers = config.num_hidden_layers
+            blocks = layers * stream + activations if recipe.gradient_checkpointing else layers * activations
+            teacher = recipe.batch_size * (1 + layers) * stream
+            steps.append(pixels + _COPIES * weights + teacher + distilled * blocks)
     return max(steps)
 
 

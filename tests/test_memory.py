@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from hf_vit_lowrank import calibration
+from hf_vit_lowrank import calibration, processes
 from hf_vit_lowrank.compress import compress
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.images import open_images
@@ -29,7 +29,7 @@ def test_groups_of_blocks_give_the_plan_and_weights_of_all_at_once(digits_model,
         return compress(str(digits_model), open_images(images, samples=64), RECIPE, device="cpu", **options)
 
     whole = run()
-    monkeypatch.setattr(calibration, "memory_plan", lambda *_: MemoryPlan(calibration.CPU_IMAGES_AT_ONCE, 2, 2, 0, 0))
+    monkeypatch.setattr(calibration, "memory_plan", lambda *_: MemoryPlan(calibration.CPU_IMAGES_AT_ONCE, 32, 2, 2, 0, 0))
     collect, earlier = calibration.Calibrated._collected, []
 
     def watched(*arguments):
@@ -83,6 +83,30 @@ def test_training_the_whole_counts_the_activations_of_a_batch():
         for size in (1, 1001)
     ]
     assert peaks[1] - peaks[0] > 1000 * 32 * 4 * 257 * 2 * 5120  # of 32 blocks at least the hidden units
+
+
+def test_several_processes_share_the_images_but_for_presets_and_views(monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 8)
+    few, many = (replace(RECIPE, samples=samples) for samples in (100_000, 200_000))
+    stream = 4 * 257 * 1280
+
+    def more(**options):
+        peaks = [memory_plan(HUGE, replace(recipe, **options), 1).peak for recipe in (few, many)]
+        return peaks[1] - peaks[0]
+
+    assert more() == 100_000 // 8 * 5 * stream
+    assert more(preset="svd", compensation="none") == 100_000 * 5 * stream
+    assert more(compensation="gradient") == 100_000 // 8 * (2 * (1 + VIEWS) + 4) * stream + 100_000 * 3 * 3 * 224**2
+
+
+def test_fewer_images_at_once_are_distilled_where_memory_is_short():
+    recipe = replace(RECIPE, compensation="distill", batch_size=256)
+    free = memory_plan(HUGE, recipe, 8)
+    assert free.distilled == 256
+    limited = memory_plan(HUGE, recipe, 8, 40 * 10**9)
+    assert free.peak > 40e9 >= limited.peak
+    assert 1 < limited.distilled < 256
+    assert memory_plan(HUGE, replace(recipe, gradient_checkpointing=True), 8).peak < free.peak
 
 
 def test_a_limit_needs_a_run_folder(digits_model, digits_data):
