@@ -29,7 +29,9 @@ def test_groups_of_blocks_give_the_plan_and_weights_of_all_at_once(digits_model,
         return compress(str(digits_model), open_images(images, samples=64), RECIPE, device="cpu", **options)
 
     whole = run()
-    monkeypatch.setattr(calibration, "memory_plan", lambda *_: MemoryPlan(calibration.CPU_IMAGES_AT_ONCE, 32, 2, 2, 0, 0))
+    monkeypatch.setattr(
+        calibration, "memory_plan", lambda *_: MemoryPlan(calibration.CPU_IMAGES_AT_ONCE, 32, 2, 2, 0, 0)
+    )
     collect, earlier = calibration.Calibrated._collected, []
 
     def watched(*arguments):
