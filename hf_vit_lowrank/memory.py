@@ -22,10 +22,10 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _PROGRAM = 10**9
 # Matrices of an MLP's moments that choosing its units, its bypass or its refit has at hand at once: measured.
 _WORKING_MATRICES = 11
-# Tensors of the size of all images' embeddings, beside those. The smaller model's embeddings, both streams, contexts.
-_REFIT_STREAMS = 4
-# Two streams, and those and the contexts behind a refitted probe.
-_PROBE_STREAMS = 5
+# Tensors of the size of all images' embeddings, beside those. The smaller model's embeddings and both streams.
+_REFIT_STREAMS = 3
+# Two streams, and those behind a refitted probe.
+_PROBE_STREAMS = 4
 # Of images and views: inputs and targets (200 images of DeiT-tiny: 2.1 GB said, 2.5 measured). On top comes a refit's,
 # but for embeddings.
 _TRAINING_STREAMS = 2

@@ -1,7 +1,8 @@
 """Trials of the method, judged on calibration images that nothing is fitted on: what is built in, and what is not.
 
-A trial changes the recipe, or constants or functions of the method. All but those of BUILT_IN are without pivots, and
-all but those and NARROW leave the stream of tokens as wide as it is, whatever the size. Writes trials.json and
+A trial changes the recipe, or constants or functions of the method. All but those of BUILT_IN are without pivots and
+with refits that see all of the drift, and all but those and NARROW leave the stream of tokens as wide as it is,
+whatever the size. Writes trials.json and
 trials.md into OUTPUT; a finished trial is not run again.
 """
 
@@ -50,6 +51,7 @@ Constant = tuple[str, str, Any]
 WHOLE_EMBEDDINGS: Constant = ("rank_plan", "largest_embedding_ranks", lambda *_: {})
 WHOLE_STREAM: Constant = ("rank_plan", "STREAM_FROM", 1.0)
 NO_PIVOTS: Constant = ("candidates.pivots", "TENTHS", 0)
+ALL_DRIFT: Constant = ("compensation.closed_form", "DRIFT_SEEN", 1.0)
 # Of the trials that want a GPU.
 LONG = {"compensation": "distill", "distill_epochs": 180, "batch_size": 64}
 NO_BYPASS: Constant = ("rank_plan", "BYPASS_ROUNDS", 0)
@@ -64,6 +66,8 @@ def by_direction(power: float) -> list[Constant]:
 # Trial: what differs in the recipe, and the constants and functions that differ.
 TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     "closed form, pivots": ({}, []),
+    "closed form, pivots, refits see all of the drift": ({}, [ALL_DRIFT]),
+    "closed form, pivots, refits see 0.7 of the drift": ({}, [("compensation.closed_form", "DRIFT_SEEN", 0.7)]),
     "closed form": ({}, []),
     "closed form, narrower stream": ({}, []),
     "closed form, narrower stream, not learned": ({}, [("narrowing", "LEARNING_RATE", 0.0)]),
@@ -158,8 +162,13 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
         [("compensation.distill", "PLAIN", 0.1), ("augmentation", "CROP_AREA", (0.15, 1.0))],
     ),
 }
-# As the method is built in.
-BUILT_IN = ("closed form, pivots", "gradient, pivots")
+# As the method is built in, or but for what they say.
+BUILT_IN = (
+    "closed form, pivots",
+    "closed form, pivots, refits see all of the drift",
+    "closed form, pivots, refits see 0.7 of the drift",
+    "gradient, pivots",
+)
 NARROW = ("closed form, narrower stream", "closed form, narrower stream, not learned")
 TWO_STEPS = "closed form, in two steps"
 # How far to go from the built-in sizes to learned ones.
@@ -207,8 +216,8 @@ def main(
 def _made(calibrated: Calibrated, recipe: CompressionRecipe, name: str) -> tuple[Any, Any]:
     """The model of a trial and, where it was distilled, the curve."""
     calibrated.narrowed.clear()  # another trial's stream
-    unlike_built_in = [] if name in BUILT_IN else [NO_PIVOTS] if name in NARROW else [NO_PIVOTS, WHOLE_STREAM]
-    with _changed(unlike_built_in):
+    earlier = [NO_PIVOTS, ALL_DRIFT] if name in NARROW else [NO_PIVOTS, ALL_DRIFT, WHOLE_STREAM]
+    with _changed([] if name in BUILT_IN else earlier):
         return _built(calibrated, recipe, name)
 
 

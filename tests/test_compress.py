@@ -13,7 +13,8 @@ import hf_vit_lowrank
 from hf_vit_lowrank.budget import recipe_ranks
 from hf_vit_lowrank.calibration import calibrate, held_back_agreement, held_back_divergence
 from hf_vit_lowrank.checkpoint import load_checkpoint
-from hf_vit_lowrank.compensation.closed_form import compensate_closed_form
+from hf_vit_lowrank.compensation import closed_form
+from hf_vit_lowrank.compensation.closed_form import _refit_attention, compensate_closed_form
 from hf_vit_lowrank.compress import build, compress, plan
 from hf_vit_lowrank.embeddings import embedded_by
 from hf_vit_lowrank.errors import UserError
@@ -107,6 +108,25 @@ def test_compensation_of_a_whole_model_does_no_harm(calibrated):
     )
     assert max(drift.after_mlp for drift in drifts) < 1e-6
     assert held_back_agreement(calibrated, model) == 1.0
+
+
+@pytest.mark.usefixtures("plain_layout")
+@torch.no_grad()
+def test_refits_see_a_part_of_the_drift_and_streams_all_of_it(calibrated, monkeypatch):
+    """By hand: all of a drift that is smaller by as much gives the same weights; what follows is the block's own."""
+    dense, smaller = calibrated.dense.model, replace(RECIPE, compensation="none", rank_multiple=1)
+    (source, moments), stream = (dense.vit.blocks[1], calibrated.statistics[1]), calibrated.fitting
+    drifted = [batch + 0.1 * torch.randn(batch.shape, generator=torch.Generator().manual_seed(0)) for batch in stream]
+    blocks = [build(calibrated, smaller).model.vit.blocks[1] for _ in range(2)]
+    behind = [list(stream), list(drifted)]
+    _refit_attention(source, blocks[0], moments, *behind, None, 1)
+    nearer = [seen.lerp(batch, closed_form.DRIFT_SEEN) for seen, batch in zip(stream, drifted, strict=True)]
+    monkeypatch.setattr(closed_form, "DRIFT_SEEN", 1.0)
+    _refit_attention(source, blocks[1], moments, list(stream), nearer, None, 1)
+    torch.testing.assert_close(blocks[0].attention.output.weight, blocks[1].attention.output.weight)
+    for batch, (block, before) in zip(behind, ((source, stream), (blocks[0], drifted)), strict=True):
+        updated = before[0] + block.attention(block.attention_norm(before[0]))[0]
+        torch.testing.assert_close(batch[0], updated)
 
 
 def test_half_the_size_keeps_most_digits(calibrated, halved, digits_data):

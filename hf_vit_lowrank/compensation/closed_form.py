@@ -4,6 +4,9 @@ Two streams of tokens run side by side through the blocks: the dense model's and
 output weight, then the down weight, is fitted to (dense stream after - smaller stream before), so that the drift of
 earlier blocks is corrected and not passed on, as far as one half of the images foretells that of the other. The MLP's
 units are chosen on the smaller stream, where they will work.
+
+Earlier blocks were fitted on the same images, whose drift says more than that of other images will: a fit sees a
+smaller stream that is nearer to the dense one.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ from ..run_folder import RunFolder
 from ..statistics import BlockStatistics, token_weight
 from ..surgery import keep_units, set_linear
 from .drift import drift, moved, tokens_computed
+
+# Of the drift, what fits see. KL 0.965 against 1.002 nats on held-back images of DeiT-tiny, -60 %.
+DRIFT_SEEN = 0.8
 
 
 @dataclass(frozen=True)
@@ -100,20 +106,20 @@ def _refit_attention(
     device = output.weight.device
     weight = token_weight(statistics.attention_gradient)
     fit = Regression(output.in_features, output.out_features, weight)
-    contexts = []
     for index, (dense_batch, small_batch) in enumerate(zip(dense_stream, small_stream, strict=True)):
-        dense_batch, small_batch = dense_batch.to(device), small_batch.to(device)
+        dense_batch, seen = dense_batch.to(device), dense_batch.lerp(small_batch, DRIFT_SEEN).to(device)
         update, _ = source.attention(source.attention_norm(dense_batch), queries)
         dense_after = dense_batch[:, :queries] + update
-        context, _ = block.attention.context(block.attention_norm(small_batch), queries)
-        fit.add(context, dense_after - small_batch[:, :queries], num_read)
-        dense_stream[index], small_stream[index] = dense_after.cpu(), small_batch[:, :queries].cpu()
-        contexts.append(context.cpu())
+        context, _ = block.attention.context(block.attention_norm(seen), queries)
+        fit.add(context, dense_after - seen[:, :queries], num_read)
+        dense_stream[index] = dense_after.cpu()
     fit.add_up()
     set_linear(output, *fit.solve(output.weight, output_metric(statistics.attention_gradient, weight)))
     processes.same_parameters(output)
-    for index, context in enumerate(contexts):
-        small_stream[index] = small_stream[index] + output(context.to(device)).cpu()
+    for index, small_batch in enumerate(small_stream):
+        small_batch = small_batch.to(device)
+        update, _ = block.attention(block.attention_norm(small_batch), queries)
+        small_stream[index] = (small_batch[:, :queries] + update).cpu()
 
 
 def _refit_mlp(
@@ -130,11 +136,11 @@ def _refit_mlp(
     weight = token_weight(statistics.mlp_gradient)
     fit = Regression(mlp.down.in_features, down.out_features, weight, watched=down.out_features)
     for index, (dense_batch, small_batch) in enumerate(zip(dense_stream, small_stream, strict=True)):
-        dense_batch, small_batch = dense_batch.to(device), small_batch.to(device)
+        dense_batch, seen = dense_batch.to(device), dense_batch.lerp(small_batch, DRIFT_SEEN).to(device)
         dense_after = dense_batch + mlp(source.mlp_norm(dense_batch))
-        normed = block.mlp_norm(small_batch)
+        normed = block.mlp_norm(seen)
         hidden = mlp.activation(mlp.up(normed))
-        fit.add(torch.cat((hidden, normed), -1), dense_after - small_batch, num_read)
+        fit.add(torch.cat((hidden, normed), -1), dense_after - seen, num_read)
         dense_stream[index] = dense_after.cpu()
     fit.add_up()
     metric = output_metric(statistics.mlp_gradient, weight)
