@@ -101,7 +101,7 @@ MemoryLimit = Annotated[
     str | None,
     option(
         "Memory that the run may take: where its blocks do not fit at once, they go in groups by several passes, and "
-        "their moments are parked on disk.",
+        "their moments are parked on disk; distillation takes fewer images at once.",
         metavar="16GB",
         **RUN,
     ),
