@@ -26,9 +26,8 @@ _WORKING_MATRICES = 11
 _REFIT_STREAMS = 3
 # Two streams, and those behind a refitted probe.
 _PROBE_STREAMS = 4
-# Of images and views: inputs and targets (200 images of DeiT-tiny: 2.1 GB said, 2.5 measured). On top comes a refit's,
-# but for embeddings.
-_TRAINING_STREAMS = 2
+# Of images and views: inputs, dense inputs and targets; more than those and a refit of the images without the targets.
+_TRAINING_STREAMS = 3
 # Bytes of an image from which views are made, for each of the model's pixels and channels.
 _BYTES_OF_A_PIXEL = 3
 # Of the smaller model: its gradients, Adam's two averages, and the start that may have to come back.
@@ -120,8 +119,7 @@ def _compensation_bytes(config: LowRankViTConfig, recipe: CompressionRecipe, wei
     if recipe.compensation in TRAINED:
         # Every process makes its views from all images.
         pixels = recipe.samples * _BYTES_OF_A_PIXEL * config.num_channels * math.prod(pair(config.image_size))
-        training = _TRAINING_STREAMS * (1 + VIEWS) + _REFIT_STREAMS - 1
-        steps.append(pixels + own * training * stream + recipe.batch_size * activations)
+        steps.append(pixels + own * _TRAINING_STREAMS * (1 + VIEWS) * stream + recipe.batch_size * activations)
         if recipe.compensation == "distill":
             layers = config.num_hidden_layers
             blocks = layers * stream + activations if recipe.gradient_checkpointing else layers * activations

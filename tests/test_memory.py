@@ -67,7 +67,7 @@ def test_a_limit_that_is_too_low_says_how_much_it_takes():
 
 @pytest.mark.parametrize(
     ("options", "streams"),
-    [({"compensation": "gradient"}, 2 * (1 + VIEWS) + 2), ({"probe": True}, 4), ({}, 3)],
+    [({"compensation": "gradient"}, 3 * (1 + VIEWS)), ({"probe": True}, 4), ({}, 3)],
     ids=["gradient", "probe", "closed-form"],
 )
 def test_what_compensation_holds_of_every_image_is_counted(options, streams):
@@ -98,7 +98,7 @@ def test_several_processes_share_the_images_but_for_presets_and_views(monkeypatc
 
     assert more() == 100_000 // 8 * 4 * stream
     assert more(preset="svd", compensation="none") == 100_000 * 4 * stream
-    assert more(compensation="gradient") == 100_000 // 8 * (2 * (1 + VIEWS) + 3) * stream + 100_000 * 3 * 3 * 224**2
+    assert more(compensation="gradient") == 100_000 // 8 * (3 * (1 + VIEWS) + 1) * stream + 100_000 * 3 * 3 * 224**2
 
 
 def test_fewer_images_at_once_are_distilled_where_memory_is_short():

@@ -18,7 +18,8 @@ from hf_vit_lowrank.augmentation import KEPT_SIZE, RandomViews
 from hf_vit_lowrank.calibration import calibrate, held_back_confidence, held_back_divergence
 from hf_vit_lowrank.checkpoint import load_checkpoint
 from hf_vit_lowrank.compensation import steps
-from hf_vit_lowrank.compensation.gradient import LARGEST_SHARE, _Blends, compensate_gradient
+from hf_vit_lowrank.compensation.closed_form import DRIFT_SEEN
+from hf_vit_lowrank.compensation.gradient import LARGEST_SHARE, _Blends, _Examples, compensate_gradient
 from hf_vit_lowrank.compress import build
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.images import LabelledImage, open_images
@@ -167,12 +168,20 @@ def test_only_the_last_block_is_trained_on_blends(calibrated, trained, monkeypat
 def test_a_blend_is_mostly_its_own_image_and_its_target_exact(calibrated):
     source, chosen = calibrated.dense.model.vit.blocks[-1], torch.arange(8)
     inputs = torch.eye(8, source.attention.query.in_features)[:, None].repeat(1, 3, 1)
-    blended, targets = _Blends(inputs, 2 * inputs, source, queries=1, seed=0).batch(chosen, torch.device("cpu"))
+    seen, targets = _Blends(inputs, 2 * inputs, source, queries=1, seed=0).batch(chosen, torch.device("cpu"))
+    blended = seen / (2 - DRIFT_SEEN)
     torch.testing.assert_close(targets, source(2 * blended, 1)[0])
     torch.testing.assert_close(blended.sum(-1), torch.ones(8, 3))
     own = blended[chosen, :, chosen]
     assert own.min() >= 1 - LARGEST_SHARE
     assert own.max() > own.min()
+
+
+def test_a_block_is_trained_on_a_part_of_the_drift():
+    inputs, dense_inputs, targets = torch.rand(3, 8, 3, 4)
+    batch = _Examples(inputs, dense_inputs, targets).batch(torch.tensor([5, 2]), torch.device("cpu"))
+    torch.testing.assert_close(batch[0] - dense_inputs[[5, 2]], DRIFT_SEEN * (inputs - dense_inputs)[[5, 2]])
+    assert torch.equal(batch[1], targets[[5, 2]])
 
 
 def test_distillation_that_only_harms_leaves_the_start(calibrated, trained):

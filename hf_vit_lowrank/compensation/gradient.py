@@ -1,10 +1,11 @@
 """Train a smaller model block by block towards the dense stream (design 3.5.2).
 
-Each block's input is the stream that the smaller model really produces, its target the dense stream after the block, so
-that the drift of earlier blocks is corrected. Images that nothing is fitted on decide block by block whether the
-trained weights are kept. What the last block gets of an image is little but the tokens read, which are soon learnt by
-heart: it is trained on blends of two images' streams, for which the dense block gives the target (mixup, Zhang et al.,
-arXiv 1710.09412, in hidden states as in arXiv 1806.05236, but with the exact answer in place of a blended one).
+Each block's input is the stream that the smaller model produces, its target the dense stream after the block, so that
+the drift of earlier blocks is corrected; a part of it is seen, as in the refits. Images that nothing is fitted on
+decide block by block whether the trained weights are kept. What the last block gets of an image is little but the
+tokens read, which are soon learnt by heart: it is trained on blends of two images' streams, for which the dense block
+gives the target (mixup, Zhang et al., arXiv 1710.09412, in hidden states as in arXiv 1806.05236, but with the exact
+answer in place of a blended one).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ..progress import track
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
 from ..run_folder import RunFolder
 from ..statistics import BlockStatistics, token_weight
-from .closed_form import refit_block
+from .closed_form import DRIFT_SEEN, refit_block
 from .drift import moved, tokens_computed
 
 EPOCHS = 4
@@ -61,14 +62,14 @@ def compensate_gradient(
 ) -> list[BlockTraining]:
     """Train `small` in place on this process's embeddings (images, tokens, d), of images and of random views of them.
 
-    inputs: moved through the blocks in place; with a second stream as large, all that is held of the views.
+    inputs: moved through the blocks in place; with two more streams as large, all that is held of the views.
     images: how many of `inputs`, from the first on, are of images as they are. size: of a batch.
     refit: fit each block in closed form first, on the stream that the trained blocks before it produce; on the images
         alone, since two views of one in the two halves of the images would make its noise look like knowledge.
     run: where finished blocks are kept.
     """
     num_read, layers = dense.config.num_tokens_read, len(dense.vit.blocks)
-    targets = inputs.clone()
+    dense_inputs, spare = inputs.clone(), torch.empty_like(inputs)
     held_targets, held_inputs = list(held_back), list(held_back)
     records = []
     blocks: Any = zip(dense.vit.blocks, small.vit.blocks, statistics, strict=True)
@@ -77,38 +78,40 @@ def compensate_gradient(
         stage = f"block-{layer:02}"
         done = run.has(stage)
         if refit and not done:
-            dense_stream, small_stream = (list(stream[:images].split(size)) for stream in (targets, inputs))
+            dense_stream, small_stream = (list(stream[:images].split(size)) for stream in (dense_inputs, inputs))
             refit_block(source, block, moments, dense_stream, small_stream, queries, num_read)
         held_targets = moved(source, held_targets, queries)
         examples: _Examples
         if queries is None:
-            behind = targets = _moved_in_place(source, targets, queries, size)
-            examples = _Examples(inputs, behind)
+            targets = _move(source, dense_inputs, spare, queries, size)
+            examples = _Examples(inputs, dense_inputs, targets)
         else:
-            behind = torch.cat(moved(source, targets.split(size), queries))
-            examples = _Blends(inputs, targets, source, queries, seed)
+            targets = torch.cat(moved(source, dense_inputs.split(size), queries))
+            examples = _Blends(inputs, dense_inputs, source, queries, seed)
         if done:
             state, fields = run.load(stage)
             block.load_state_dict(state)
             record = BlockTraining(**fields)
         else:
-            error = _Error(moments, behind, num_read, dense.device, size)
+            error = _Error(moments, targets, num_read, dense.device, size)
             record = _train(block, queries, error, examples, (held_inputs, held_targets), seed + layer, size)
             run.save(stage, (block.state_dict(), asdict(record)))
         records.append(record)
-        inputs, held_inputs = _moved_in_place(block, inputs, queries, size), moved(block, held_inputs, queries)
+        inputs, held_inputs = _move(block, inputs, inputs, queries, size), moved(block, held_inputs, queries)
+        dense_inputs, spare = targets, dense_inputs
     return records
 
 
-def _moved_in_place(block: LowRankViTBlock, stream: Tensor, queries: int | None, size: int) -> Tensor:
-    """The stream (images, tokens, d) behind a block, written over that before it, `size` images at once."""
-    for batch in stream.split(size):
-        batch[:, :queries] = moved(block, [batch], queries)[0]
-    return stream[:, :queries]
+def _move(block: LowRankViTBlock, stream: Tensor, behind: Tensor, queries: int | None, size: int) -> Tensor:
+    """The stream (images, tokens, d) behind a block, written over the tensor `behind`, `size` images at once."""
+    for before, after in zip(stream.split(size), behind.split(size), strict=True):
+        after[:, :queries] = moved(block, [before], queries)[0]
+    return behind[:, :queries]
 
 
 class _Examples:
-    """What a block is trained on: (images, tokens, d) of the smaller stream before it and the dense one behind it."""
+    """What a block is trained on, (images, tokens, d) each: the smaller and the dense stream before it, and the dense
+    one behind it."""
 
     def __init__(self, *streams: Tensor):
         self.streams: Sequence[Tensor] = streams
@@ -121,8 +124,8 @@ class _Examples:
 
     def batch(self, chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the images chosen."""
-        inputs, targets = (stream[chosen].to(device) for stream in self.streams)
-        return inputs, targets
+        inputs, dense_inputs, targets = (stream[chosen].to(device) for stream in self.streams)
+        return dense_inputs.lerp(inputs, DRIFT_SEEN), targets
 
 
 class _Blends(_Examples):
@@ -141,7 +144,7 @@ class _Blends(_Examples):
             stream[chosen].to(device).lerp(stream[others].to(device), shares) for stream in self.streams
         )
         with torch.no_grad():
-            return inputs, self.source(dense_inputs, self.queries)[0]
+            return dense_inputs.lerp(inputs, DRIFT_SEEN), self.source(dense_inputs, self.queries)[0]
 
 
 class _Error:
