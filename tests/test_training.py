@@ -28,7 +28,7 @@ from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassif
 from hf_vit_lowrank.run_folder import RunFolder
 from hf_vit_lowrank.tables import show_compression
 
-RECIPE = CompressionRecipe(reduction=0.88, samples=160, compensation="gradient", rank_multiple=1)
+RECIPE = CompressionRecipe(reduction=0.95, samples=160, compensation="gradient", rank_multiple=1)
 DISTILL = replace(RECIPE, compensation="distill", distill_epochs=15, distill_lr=1e-3)
 SHORT = replace(DISTILL, distill_epochs=3)
 
