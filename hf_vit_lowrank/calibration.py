@@ -54,7 +54,7 @@ class Calibrated:
     """What any size is made from: the dense model, what the images told about it, and the images' embeddings.
 
     images_at_once: how many of a batch the statistics and the refits work on.
-    distilled_at_once: how many of a batch go through the smaller model where the whole of it is trained.
+    distilled_at_once: how many of a batch go through the smaller model where the whole of it is trained, if not all.
     native: whether the candidates are for a plan that transformers' own classes can hold.
     dense: the dense model or a narrower one, which embeddings, statistics and streams then are of.
     held_back, expected: embeddings of images that nothing is fitted on, the last of the stream, and the dense model's
@@ -71,7 +71,7 @@ class Calibrated:
     calibration: dict[str, Any]
     seed: int
     images_at_once: int
-    distilled_at_once: int
+    distilled_at_once: int | None
     native: bool
     seconds: dict[str, float]
     run: RunFolder = NOWHERE
@@ -279,7 +279,7 @@ def calibrate(
         *(dense, calibration, fitting, held_back, expected, about),
         seed=recipe.seed,
         images_at_once=memory.batch_size,
-        distilled_at_once=memory.distilled,
+        distilled_at_once=None if memory_limit is None else memory.distilled,
         native=recipe.native,
         seconds=seconds,
         run=run,

@@ -16,11 +16,9 @@ import typer
 
 from . import cli_options as opt
 from .cli_arguments import (
-    calibration_images,
     check_file,
     check_folder,
     file_recipe,
-    labelled_images,
     parse_reductions,
     refuse_source,
     typed_recipe,
@@ -155,6 +153,7 @@ def compress(
     from .budget import weight_bytes
     from .checkpoint import check_target
     from .compress import compress as compress_model
+    from .images import open_images
     from .memory import parse_bytes
     from .run_folder import RunFolder
 
@@ -187,7 +186,15 @@ def compress(
     check_file(json)
     refuse_source(output, source)
     check_target(output, weight_bytes(source, recipe, revision=revision), overwrite=overwrite)
-    images = calibration_images(calibration, config, split, image_column, recipe, label_column)
+    images = open_images(
+        calibration,
+        config=config,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        samples=recipe.samples,
+        seed=recipe.seed,
+    )
     folder = output.absolute().parent / f".{output.name}.run"
     run = RunFolder(folder)
     processes.join()
@@ -252,6 +259,7 @@ def plan(
     """Show the ranks, sizes, predicted loss and time that `compress` would come to, without compressing."""
     from . import tables
     from .compress import plan as run
+    from .images import open_images
 
     recipe = typed_recipe(
         context,
@@ -270,7 +278,9 @@ def plan(
         native=native,
     )
     check_file(json)
-    images = calibration_images(calibration, config, split, image_column, recipe)
+    images = open_images(
+        calibration, config=config, split=split, image_column=image_column, samples=recipe.samples, seed=recipe.seed
+    )
     report = run(source, images, recipe, revision=revision, allow_pickle=allow_pickle, device=device)
     if json:
         json.write_text(dumps(report, indent=2) + "\n")
@@ -345,7 +355,9 @@ def sweep(
     check_file(json)
     refuse_source(output, source)
     check_folder(output, overwrite)
-    images = calibration_images(calibration, config, split, image_column, recipe)
+    images = open_images(
+        calibration, config=config, split=split, image_column=image_column, samples=recipe.samples, seed=recipe.seed
+    )
     measured = dataset and open_images(
         dataset, config=dataset_config, split=dataset_split, label_column=label_column, seed=None
     )
@@ -396,11 +408,20 @@ def evaluate(
     from . import tables
     from .checkpoint import rewrite_card, unedited_card
     from .evaluation import evaluate_classifier, load_classifier
+    from .images import open_images
     from .model_card import PICTURE, evaluation_record, model_card
 
     check_file(json)
     record = unedited_card(Path(model)) if write_card else None
-    images = labelled_images(dataset, config, split, image_column, label_column, samples)
+    images = open_images(
+        dataset,
+        config=config,
+        split=split,
+        image_column=image_column,
+        label_column=label_column,
+        samples=samples,
+        seed=None,
+    )
     classifier, image_processor = load_classifier(model, revision=revision)
     dense = load_classifier(against) if against else None
     report = evaluate_classifier(
@@ -563,6 +584,7 @@ def report(
     debug: opt.Debug = False,
 ) -> None:
     """Write one HTML page about a checkpoint: sizes, ranks, error curves, accuracy, disagreements, speed, recipe."""
+    from .images import open_images
     from .report import measure, read_checkpoint, report_page
 
     if against and not dataset:
@@ -574,7 +596,15 @@ def report(
     record, settings = read_checkpoint(folder)
     stream = evaluation = None
     if dataset:
-        stream = labelled_images(dataset, config, split, image_column, label_column, samples)
+        stream = open_images(
+            dataset,
+            config=config,
+            split=split,
+            image_column=image_column,
+            label_column=label_column,
+            samples=samples,
+            seed=None,
+        )
         evaluation = measure(folder, stream, against=against, batch_size=batch_size, device=device)
     output.write_text(report_page(record, settings, evaluation, stream), encoding="utf-8")
     if json:

@@ -1,18 +1,15 @@
-"""What the commands make of their options: recipes, streams of images, and paths that are refused before any work."""
+"""What the commands make of their options: recipes, numbers, and paths that are refused before any work."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
 from .errors import UserError
 from .recipe import TARGETS, CompressionRecipe, read_recipe_file
-
-if TYPE_CHECKING:
-    from .images import ImageStream
 
 
 def typed_recipe(
@@ -72,49 +69,6 @@ def parse_reductions(text: str) -> list[float]:
     if wrong:
         raise UserError(f"--reductions must be from 0 up to, but not, 1; {wrong[0]:g} is not.")
     return list(dict.fromkeys(values))
-
-
-def calibration_images(
-    location: str,
-    config: str | None,
-    split: str | None,
-    image_column: str | None,
-    recipe: CompressionRecipe,
-    label_column: str | None = None,
-) -> ImageStream:
-    from .images import open_images
-
-    return open_images(
-        location,
-        config=config,
-        split=split,
-        image_column=image_column,
-        label_column=label_column,
-        samples=recipe.samples,
-        seed=recipe.seed,
-    )
-
-
-def labelled_images(
-    location: str,
-    config: str | None,
-    split: str | None,
-    image_column: str | None,
-    label_column: str | None,
-    samples: int | None,
-) -> ImageStream:
-    """To measure on, in the order of the data."""
-    from .images import open_images
-
-    return open_images(
-        location,
-        config=config,
-        split=split,
-        image_column=image_column,
-        label_column=label_column,
-        samples=samples,
-        seed=None,
-    )
 
 
 def refuse_source(output: Path, source: str) -> None:

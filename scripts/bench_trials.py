@@ -50,12 +50,7 @@ Constant = tuple[str, str, Any]
 WHOLE_EMBEDDINGS: Constant = ("rank_plan", "largest_embedding_ranks", lambda *_: {})
 WHOLE_STREAM: Constant = ("rank_plan", "STREAM_FROM", 1.0)
 NO_PIVOTS: Constant = ("candidates.pivots", "TENTHS", 0)
-
-
-def drift_seen(share: float) -> list[Constant]:
-    return [(f"compensation.{step}", "DRIFT_SEEN", share) for step in ("closed_form", "gradient")]
-
-
+ALL_DRIFT: Constant = ("compensation.drift", "DRIFT_SEEN", 1.0)
 # Of the trials that want a GPU.
 LONG = {"compensation": "distill", "distill_epochs": 180, "batch_size": 64}
 NO_BYPASS: Constant = ("rank_plan", "BYPASS_ROUNDS", 0)
@@ -70,8 +65,8 @@ def by_direction(power: float) -> list[Constant]:
 # Trial: what differs in the recipe, and the constants and functions that differ.
 TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     "closed form, pivots": ({}, []),
-    "closed form, pivots, all of the drift seen": ({}, drift_seen(1.0)),
-    "closed form, pivots, 0.7 of the drift seen": ({}, drift_seen(0.7)),
+    "closed form, pivots, all of the drift seen": ({}, [ALL_DRIFT]),
+    "closed form, pivots, 0.7 of the drift seen": ({}, [("compensation.drift", "DRIFT_SEEN", 0.7)]),
     "closed form": ({}, []),
     "closed form, narrower stream": ({}, []),
     "closed form, narrower stream, not learned": ({}, [("narrowing", "LEARNING_RATE", 0.0)]),
@@ -99,8 +94,11 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     "closed form, ridges by variance^0.5": ({}, by_direction(0.5)),
     "closed form, ridges by variance": ({}, by_direction(1.0)),
     "gradient, pivots": ({"compensation": "gradient"}, []),
-    "gradient, pivots, all of the drift seen": ({"compensation": "gradient"}, drift_seen(1.0)),
-    "gradient, pivots, 0.6 of the drift seen": ({"compensation": "gradient"}, drift_seen(0.6)),
+    "gradient, pivots, all of the drift seen": ({"compensation": "gradient"}, [ALL_DRIFT]),
+    "gradient, pivots, 0.6 of the drift seen": (
+        {"compensation": "gradient"},
+        [("compensation.drift", "DRIFT_SEEN", 0.6)],
+    ),
     "gradient": ({"compensation": "gradient"}, []),
     "gradient, sizes probed": ({"compensation": "gradient", "probe": True}, []),
     "gradient, no random views": ({"compensation": "gradient"}, [("compensation.steps", "VIEWS", 0)]),
@@ -169,14 +167,7 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     ),
 }
 # As the method is built in, or but for what they say.
-BUILT_IN = (
-    "closed form, pivots",
-    "closed form, pivots, all of the drift seen",
-    "closed form, pivots, 0.7 of the drift seen",
-    "gradient, pivots",
-    "gradient, pivots, all of the drift seen",
-    "gradient, pivots, 0.6 of the drift seen",
-)
+BUILT_IN = tuple(name for name in TRIALS if ", pivots" in name)
 NARROW = ("closed form, narrower stream", "closed form, narrower stream, not learned")
 TWO_STEPS = "closed form, in two steps"
 # How far to go from the built-in sizes to learned ones.
@@ -224,7 +215,7 @@ def main(
 def _made(calibrated: Calibrated, recipe: CompressionRecipe, name: str) -> tuple[Any, Any]:
     """The model of a trial and, where it was distilled, the curve."""
     calibrated.narrowed.clear()  # another trial's stream
-    earlier = [NO_PIVOTS, *drift_seen(1.0), *([] if name in NARROW else [WHOLE_STREAM])]
+    earlier = [NO_PIVOTS, ALL_DRIFT, *([] if name in NARROW else [WHOLE_STREAM])]
     with _changed([] if name in BUILT_IN else earlier):
         return _built(calibrated, recipe, name)
 

@@ -13,7 +13,7 @@ import hf_vit_lowrank
 from hf_vit_lowrank.budget import recipe_ranks
 from hf_vit_lowrank.calibration import calibrate, held_back_agreement, held_back_divergence
 from hf_vit_lowrank.checkpoint import load_checkpoint
-from hf_vit_lowrank.compensation import closed_form
+from hf_vit_lowrank.compensation import drift
 from hf_vit_lowrank.compensation.closed_form import _refit_attention, compensate_closed_form
 from hf_vit_lowrank.compress import build, compress, plan
 from hf_vit_lowrank.embeddings import embedded_by
@@ -120,8 +120,8 @@ def test_refits_see_a_part_of_the_drift_and_streams_all_of_it(calibrated, monkey
     blocks = [build(calibrated, smaller).model.vit.blocks[1] for _ in range(2)]
     behind = [list(stream), list(drifted)]
     _refit_attention(source, blocks[0], moments, *behind, None, 1)
-    nearer = [seen.lerp(batch, closed_form.DRIFT_SEEN) for seen, batch in zip(stream, drifted, strict=True)]
-    monkeypatch.setattr(closed_form, "DRIFT_SEEN", 1.0)
+    nearer = [seen.lerp(batch, drift.DRIFT_SEEN) for seen, batch in zip(stream, drifted, strict=True)]
+    monkeypatch.setattr(drift, "DRIFT_SEEN", 1.0)
     _refit_attention(source, blocks[1], moments, list(stream), nearer, None, 1)
     torch.testing.assert_close(blocks[0].attention.output.weight, blocks[1].attention.output.weight)
     for batch, (block, before) in zip(behind, ((source, stream), (blocks[0], drifted)), strict=True):

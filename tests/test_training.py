@@ -18,7 +18,7 @@ from hf_vit_lowrank.augmentation import KEPT_SIZE, RandomViews
 from hf_vit_lowrank.calibration import calibrate, held_back_confidence, held_back_divergence
 from hf_vit_lowrank.checkpoint import load_checkpoint
 from hf_vit_lowrank.compensation import steps
-from hf_vit_lowrank.compensation.closed_form import DRIFT_SEEN
+from hf_vit_lowrank.compensation.drift import DRIFT_SEEN
 from hf_vit_lowrank.compensation.gradient import LARGEST_SHARE, _Blends, _Examples, compensate_gradient
 from hf_vit_lowrank.compress import build
 from hf_vit_lowrank.errors import UserError

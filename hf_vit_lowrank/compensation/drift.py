@@ -14,6 +14,10 @@ from ..linalg import RELATIVE_FLOOR
 from ..remote.configuration_lowrank_vit import LowRankViTConfig
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
 
+# Of the drift, what fits and training see. KL of DeiT-tiny at -60 % on held-back images, in place of all of it: refits
+# 0.965 and 1.002 nats, training 0.621 and 0.700.
+DRIFT_SEEN = 0.8
+
 
 @torch.no_grad()
 def block_drifts(
@@ -41,6 +45,14 @@ def moved(block: LowRankViTBlock, stream: Sequence[Tensor], queries: int | None)
     """The stream behind a block: batches of (images, tokens, d), tokens the leading `queries` or all."""
     device = next(block.parameters()).device
     return [block(batch.to(device), queries)[0].cpu() for batch in stream]
+
+
+def partly_drifted(dense: Tensor, small: Tensor) -> Tensor:
+    """What fits and training see in place of the smaller stream, of the same shape.
+
+    The blocks before were fitted on the same images, whose drift says more than that of other images will.
+    """
+    return dense.lerp(small, DRIFT_SEEN)
 
 
 def drift(dense_stream: Sequence[Tensor], small_stream: Sequence[Tensor], num_read: int) -> float:

@@ -27,8 +27,8 @@ from ..progress import track
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
 from ..run_folder import RunFolder
 from ..statistics import BlockStatistics, token_weight
-from .closed_form import DRIFT_SEEN, refit_block
-from .drift import moved, tokens_computed
+from .closed_form import refit_block
+from .drift import moved, partly_drifted, tokens_computed
 
 EPOCHS = 4
 LEARNING_RATE = 1e-3
@@ -125,7 +125,7 @@ class _Examples:
     def batch(self, chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the images chosen."""
         inputs, dense_inputs, targets = (stream[chosen].to(device) for stream in self.streams)
-        return dense_inputs.lerp(inputs, DRIFT_SEEN), targets
+        return partly_drifted(dense_inputs, inputs), targets
 
 
 class _Blends(_Examples):
@@ -144,7 +144,7 @@ class _Blends(_Examples):
             stream[chosen].to(device).lerp(stream[others].to(device), shares) for stream in self.streams
         )
         with torch.no_grad():
-            return dense_inputs.lerp(inputs, DRIFT_SEEN), self.source(dense_inputs, self.queries)[0]
+            return partly_drifted(dense_inputs, inputs), self.source(dense_inputs, self.queries)[0]
 
 
 class _Error:

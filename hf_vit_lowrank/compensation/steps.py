@@ -208,7 +208,7 @@ def _distill(
                 gradient_checkpointing=recipe.gradient_checkpointing,
             )
 
-        curve = with_smaller_batches("Distillation", train, calibrated.distilled_at_once)
+        curve = with_smaller_batches("Distillation", train, calibrated.distilled_at_once or recipe.batch_size)
     # The Trainer judges in its own precision.
     after = held_back_divergence(calibrated, model)
     if not after < before:
