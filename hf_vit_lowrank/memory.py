@@ -66,8 +66,8 @@ def memory_plan(
 ) -> MemoryPlan:
     """For a model at full rank. Smaller batches come first, then fewer blocks at once, each group a pass of its own.
 
-    batch_size: images at once for the statistics; training takes as many as the recipe says, but that the whole smaller
-    model is trained on fewer at once where memory is short.
+    batch_size: images at once, but for those that the whole smaller model is trained on: as many as the recipe says, or
+    fewer where memory is short.
 
     Raises:
         UserError: a single block and a single image, or the compensation, take more than `limit` bytes; says how much.
@@ -85,9 +85,9 @@ def memory_plan(
     def statistics(batch: int, group: int) -> int:
         return fixed + layers * batch * _activation_bytes(config) + group * moments
 
-    def compensation(distilled: int) -> int:
+    def compensation(batch: int, distilled: int) -> int:
         # Or, while loading, both layouts.
-        steps = _compensation_bytes(config, recipe, weights, distilled)
+        steps = _compensation_bytes(config, recipe, weights, batch, distilled)
         return max(fixed + weights + steps + working, _PROGRAM + 2 * weights)
 
     batch, distilled, group = batch_size, recipe.batch_size, layers
@@ -96,9 +96,9 @@ def memory_plan(
             batch //= 2
         while group > 1 and statistics(batch, group) > limit:
             group -= 1
-        while distilled > 1 and compensation(distilled) > limit:
+        while distilled > 1 and compensation(batch, distilled) > limit:
             distilled //= 2
-    peak = max(statistics(batch, group), compensation(distilled))
+    peak = max(statistics(batch, group), compensation(batch, distilled))
     if limit is not None and peak > limit:
         raise UserError(
             f"{limit / 1e9:.1f} GB do not do for this model and {recipe.samples} images: allow at least "
@@ -112,14 +112,16 @@ def _own_images(recipe: CompressionRecipe) -> int:
     return -(-recipe.samples // processes.count()) if recipe.preset == OURS else recipe.samples
 
 
-def _compensation_bytes(config: LowRankViTConfig, recipe: CompressionRecipe, weights: int, distilled: int) -> int:
+def _compensation_bytes(
+    config: LowRankViTConfig, recipe: CompressionRecipe, weights: int, batch: int, distilled: int
+) -> int:
     """Of the step that takes most, beside both models, the images' embeddings and the work on one block."""
     own, stream, activations = _own_images(recipe), _stream_bytes(config), _activation_bytes(config)
     steps = [own * (_PROBE_STREAMS if recipe.probe else _REFIT_STREAMS) * stream]
     if recipe.compensation in TRAINED:
         # Every process makes its views from all images.
         pixels = recipe.samples * _BYTES_OF_A_PIXEL * config.num_channels * math.prod(pair(config.image_size))
-        steps.append(pixels + own * _TRAINING_STREAMS * (1 + VIEWS) * stream + recipe.batch_size * activations)
+        steps.append(pixels + own * _TRAINING_STREAMS * (1 + VIEWS) * stream + batch * activations)
         if recipe.compensation == "distill":
             layers = config.num_hidden_layers
             blocks = layers * stream + activations if recipe.gradient_checkpointing else layers * activations

@@ -15,11 +15,18 @@ from PIL import Image
 from transformers import ViTImageProcessor
 
 from hf_vit_lowrank.augmentation import KEPT_SIZE, RandomViews
-from hf_vit_lowrank.calibration import calibrate, held_back_confidence, held_back_divergence
+from hf_vit_lowrank.calibration import CPU_IMAGES_AT_ONCE, calibrate, held_back_confidence, held_back_divergence
 from hf_vit_lowrank.checkpoint import load_checkpoint
 from hf_vit_lowrank.compensation import steps
 from hf_vit_lowrank.compensation.drift import DRIFT_SEEN
-from hf_vit_lowrank.compensation.gradient import LARGEST_SHARE, _Blends, _Examples, compensate_gradient
+from hf_vit_lowrank.compensation.gradient import (
+    LARGEST_SHARE,
+    _Blends,
+    _descend,
+    _Error,
+    _Examples,
+    compensate_gradient,
+)
 from hf_vit_lowrank.compress import build
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.images import LabelledImage, open_images
@@ -103,13 +110,26 @@ def test_a_block_that_training_makes_worse_stays_as_it_was(calibrated, monkeypat
     records = compensate_gradient(
         *(calibrated.dense.model, model, calibrated.statistics, torch.cat(calibrated.fitting), calibrated.held_back),
         images=sum(map(len, calibrated.fitting)),
-        size=RECIPE.batch_size,
+        batch_size=RECIPE.batch_size,
+        size=CPU_IMAGES_AT_ONCE,
         refit=False,
         seed=0,
         run=RunFolder(),
     )
     assert not any(record.kept for record in records)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_step_is_the_same_however_many_images_are_worked_on_at_once(calibrated):
+    inputs = torch.cat(calibrated.fitting)[:16]
+    with torch.no_grad():
+        targets = calibrated.dense.model.vit.blocks[0](inputs)[0]
+    error = _Error(calibrated.statistics[0], targets, 1, torch.device("cpu"), size=8)
+    whole, part = (copy.deepcopy(calibrated.dense.model.vit.blocks[1]).requires_grad_(True) for _ in range(2))
+    for block, size in ((whole, 8), (part, 3)):
+        _descend(block, None, error, _Examples(inputs, inputs, targets), seed=0, batch_size=8, size=size)
+    for one, other in zip(whole.parameters(), part.parameters(), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("sureness", [0.5, 1.0, 1.5])
@@ -144,7 +164,8 @@ def test_views_are_trained_on_but_not_refitted_on(calibrated, monkeypatch):
         compensate_gradient(
             *(calibrated.dense.model, model, calibrated.statistics, inputs, calibrated.held_back),
             images=len(images),
-            size=RECIPE.batch_size,
+            batch_size=RECIPE.batch_size,
+            size=CPU_IMAGES_AT_ONCE,
             refit=True,
             seed=0,
             run=RunFolder(),

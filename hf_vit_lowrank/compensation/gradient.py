@@ -55,6 +55,7 @@ def compensate_gradient(
     held_back: Sequence[Tensor],
     *,
     images: int,
+    batch_size: int,
     size: int,
     refit: bool,
     seed: int,
@@ -63,7 +64,8 @@ def compensate_gradient(
     """Train `small` in place on this process's embeddings (images, tokens, d), of images and of random views of them.
 
     inputs: moved through the blocks in place; with two more streams as large, all that is held of the views.
-    images: how many of `inputs`, from the first on, are of images as they are. size: of a batch.
+    images: how many of `inputs`, from the first on, are of images as they are. batch_size: of a step of training, which
+    works on `size` images at once, as all else does.
     refit: fit each block in closed form first, on the stream that the trained blocks before it produce; on the images
         alone, since two views of one in the two halves of the images would make its noise look like knowledge.
     run: where finished blocks are kept.
@@ -94,7 +96,8 @@ def compensate_gradient(
             record = BlockTraining(**fields)
         else:
             error = _Error(moments, targets, num_read, dense.device, size)
-            record = _train(block, queries, error, examples, (held_inputs, held_targets), seed + layer, size)
+            held = held_inputs, held_targets
+            record = _train(block, queries, error, examples, held, seed + layer, batch_size, size)
             run.save(stage, (block.state_dict(), asdict(record)))
         records.append(record)
         inputs, held_inputs = _move(block, inputs, inputs, queries, size), moved(block, held_inputs, queries)
@@ -175,11 +178,12 @@ def _train(
     examples: _Examples,
     held_back: tuple[list[Tensor], list[Tensor]],
     seed: int,
+    batch_size: int,
     size: int,
 ) -> BlockTraining:
     before = _mean_error(block, queries, error, *held_back)
     start = {name: tensor.clone() for name, tensor in block.state_dict().items()}
-    _descend(block, queries, error, examples, seed, size)
+    _descend(block, queries, error, examples, seed, batch_size, size)
     after = _mean_error(block, queries, error, *held_back)
     kept = after < before  # false for NaN as well
     if not kept:
@@ -193,13 +197,14 @@ def _descend(
     error: Callable[[Tensor, Tensor], Tensor],
     examples: _Examples,
     seed: int,
+    batch_size: int,
     size: int,
 ) -> None:
     device, generator = next(block.parameters()).device, torch.Generator().manual_seed(seed)
     examples.move_near(device)
     counts = processes.gather(len(examples))
     first = sum(counts[: processes.index()])
-    steps = EPOCHS * -(-sum(counts) // size)
+    steps = EPOCHS * -(-sum(counts) // batch_size)
     optimizer = torch.optim.Adam(block.parameters(), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
@@ -207,13 +212,14 @@ def _descend(
     )
     half = half_precision(device)
     for _ in range(EPOCHS):
-        for chosen in torch.randperm(sum(counts), generator=generator).split(size):
+        for chosen in torch.randperm(sum(counts), generator=generator).split(batch_size):
             own = chosen[(chosen >= first) & (chosen < first + len(examples))] - first
-            inputs, targets = examples.batch(own, device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                outputs, _ = block(inputs, queries)
             optimizer.zero_grad(set_to_none=False)
-            (error(outputs, targets) * (len(own) / len(chosen))).backward()
+            for part in own.split(size):
+                inputs, targets = examples.batch(part, device)
+                with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                    outputs, _ = block(inputs, queries)
+                (error(outputs, targets) * (len(part) / len(chosen))).backward()
             processes.add_up(*(parameter.grad for parameter in block.parameters() if parameter.grad is not None))
             optimizer.step()
             schedule.step()

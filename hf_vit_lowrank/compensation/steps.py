@@ -122,13 +122,14 @@ def _train_blocks(
             *(calibrated.dense.model, trained, calibrated.statistics),
             *(_training_embeddings(calibrated, trained, recipe), held_back),
             images=sum(map(len, calibrated.fitting)),
-            size=min(size, len(calibrated.fitting[0])),
+            batch_size=recipe.batch_size,
+            size=size,
             refit=shrunk is not None,
             seed=recipe.seed,
             run=run,
         )
 
-    records = with_smaller_batches("Training block by block", train, recipe.batch_size)
+    records = with_smaller_batches("Training block by block", train, calibrated.images_at_once)
     if not any(record.kept for record in records):
         logger.warning("training made no block better on held-back images: all stay as they were refitted")
     confidences = [_match_confidence(calibrated, one) for one in (model, trained)]
