@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,11 +46,13 @@ def _command(example: str, group: typer.Typer = app) -> Callable[[Callable[..., 
     """Register a command whose errors become one sentence on stderr and an exit code (2: bad input, 1: failed)."""
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(function)
+        command = opt.with_groups(function)
+
+        @functools.wraps(command)
         def run(**options: Any) -> None:
             try:
                 _set_up_output(options["quiet"])
-                function(**options)
+                command(**options)
             except typer.Exit:
                 raise
             except (Exception, KeyboardInterrupt) as error:
@@ -106,43 +107,26 @@ def _set_up_output(quiet: bool) -> None:
     "--output deit-b-lowrank60"
 )
 def compress(
+    *,
     context: typer.Context,
     source: opt.Source,
     calibration: opt.Calibration,
     output: opt.Output,
     recipe_file: opt.RecipeFile = None,
-    reduction: opt.Reduction = None,
-    max_parameters: opt.MaxParameters = None,
-    match: opt.Match = None,
-    min_agreement: opt.MinAgreement = None,
-    split: opt.Split = None,
-    config: opt.Config = None,
-    image_column: opt.ImageColumn = None,
+    size: opt.SizeOptions,
+    data: opt.ImageOptions,
     label_column: opt.LabelColumn = None,
-    samples: opt.Samples = 1024,
-    cost: opt.Cost = "parameters",
     preset: opt.Preset = OURS,
-    compensation: opt.Compensation = None,
-    distill_epochs: opt.DistillEpochs = CompressionRecipe.distill_epochs,
-    distill_lr: opt.DistillLr = CompressionRecipe.distill_lr,
-    labels: opt.Labels = False,
-    gradient_checkpointing: opt.Checkpointing = False,
+    method: opt.MethodOptions,
+    distillation: opt.DistillOptions,
     smoke: opt.Smoke = False,
-    query_key_weight: opt.QueryKeyWeight = 4.0,
-    rank_multiple: opt.RankMultiple = CompressionRecipe.rank_multiple,
     native: opt.Native = False,
     probe: opt.Probe = False,
-    seed: opt.Seed = 0,
-    batch_size: opt.BatchSize = 32,
-    device: opt.Device = None,
-    revision: opt.Revision = None,
-    allow_pickle: opt.AllowPickle = False,
+    loading: opt.LoadOptions,
     overwrite: opt.Overwrite = False,
     restart: opt.Restart = False,
     memory_limit: opt.MemoryLimit = None,
-    json: opt.Json = None,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
+    reporting: opt.ReportOptions,
 ) -> None:
     """Compress a checkpoint and save the result, which loads with trust_remote_code wherever transformers is.
 
@@ -157,44 +141,16 @@ def compress(
     from .memory import parse_bytes
     from .run_folder import RunFolder
 
-    recipe = typed_recipe(
-        context,
-        recipe_file,
-        reduction=reduction,
-        max_parameters=max_parameters,
-        match=match,
-        min_agreement=min_agreement,
-        cost=cost,
-        preset=preset,
-        compensation=compensation,
-        distill_epochs=distill_epochs,
-        distill_lr=distill_lr,
-        labels=labels,
-        gradient_checkpointing=gradient_checkpointing,
-        samples=samples,
-        batch_size=batch_size,
-        seed=seed,
-        query_key_weight=query_key_weight,
-        rank_multiple=rank_multiple,
-        native=native,
-        probe=probe,
-    )
+    fields = {**vars(size), **vars(method), **vars(distillation), "preset": preset, "native": native, "probe": probe}
+    recipe = typed_recipe(context, recipe_file, **fields)
     if smoke:
         if recipe.compensation != "distill":
             raise UserError("--smoke goes with --compensation distill: without it, pass fewer --samples.")
         recipe = replace(recipe, distill_epochs=1, samples=min(recipe.samples, SMOKE_SAMPLES))
-    check_file(json)
+    check_file(reporting.json)
     refuse_source(output, source)
-    check_target(output, weight_bytes(source, recipe, revision=revision), overwrite=overwrite)
-    images = open_images(
-        calibration,
-        config=config,
-        split=split,
-        image_column=image_column,
-        label_column=label_column,
-        samples=recipe.samples,
-        seed=recipe.seed,
-    )
+    check_target(output, weight_bytes(source, recipe, revision=loading.revision), overwrite=overwrite)
+    images = open_images(calibration, **vars(data), label_column=label_column, samples=recipe.samples, seed=recipe.seed)
     folder = output.absolute().parent / f".{output.name}.run"
     run = RunFolder(folder)
     processes.join()
@@ -202,90 +158,44 @@ def compress(
         progress.quiet()
     if restart and processes.is_main():
         run.remove()
+    limit = parse_bytes(memory_limit) if memory_limit else None
     try:
-        result = compress_model(
-            source,
-            images,
-            recipe,
-            revision=revision,
-            allow_pickle=allow_pickle,
-            device=device,
-            run_folder=folder,
-            memory_limit=parse_bytes(memory_limit) if memory_limit else None,
-        )
+        result = compress_model(source, images, recipe, **vars(loading), run_folder=folder, memory_limit=limit)
     except UserError:
         # What was refused before the long work must not stand in the way of its correction.
         if processes.is_main() and not run.is_begun():
             run.remove()
         raise
     result.save_pretrained(output, overwrite=overwrite)
-    if not processes.is_main():
-        return
-    run.remove()
-    if json:
-        json.write_text(dumps(result.report, indent=2) + "\n")
-    if not quiet:
-        tables.show_compression(result.report, output)
+    if processes.is_main():
+        run.remove()
+        reporting.give(result.report, lambda: tables.show_compression(result.report, output))
 
 
 @_command("hf-vit-lowrank plan facebook/deit-base-patch16-224 --calibration imagenet-1k --split train --reduction 0.6")
 def plan(
+    *,
     context: typer.Context,
     source: opt.Source,
     calibration: opt.Calibration,
     recipe_file: opt.RecipeFile = None,
-    reduction: opt.Reduction = None,
-    max_parameters: opt.MaxParameters = None,
-    match: opt.Match = None,
-    min_agreement: opt.MinAgreement = None,
-    split: opt.Split = None,
-    config: opt.Config = None,
-    image_column: opt.ImageColumn = None,
-    samples: opt.Samples = 1024,
-    cost: opt.Cost = "parameters",
-    compensation: opt.Compensation = None,
-    query_key_weight: opt.QueryKeyWeight = 4.0,
-    rank_multiple: opt.RankMultiple = CompressionRecipe.rank_multiple,
+    size: opt.SizeOptions,
+    data: opt.ImageOptions,
+    method: opt.MethodOptions,
     native: opt.Native = False,
-    seed: opt.Seed = 0,
-    batch_size: opt.BatchSize = 32,
-    device: opt.Device = None,
-    revision: opt.Revision = None,
-    allow_pickle: opt.AllowPickle = False,
-    json: opt.Json = None,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
+    loading: opt.LoadOptions,
+    reporting: opt.ReportOptions,
 ) -> None:
     """Show the ranks, sizes, predicted loss and time that `compress` would come to, without compressing."""
     from . import tables
     from .compress import plan as run
     from .images import open_images
 
-    recipe = typed_recipe(
-        context,
-        recipe_file,
-        reduction=reduction,
-        max_parameters=max_parameters,
-        match=match,
-        min_agreement=min_agreement,
-        cost=cost,
-        compensation=compensation,
-        samples=samples,
-        batch_size=batch_size,
-        seed=seed,
-        query_key_weight=query_key_weight,
-        rank_multiple=rank_multiple,
-        native=native,
-    )
-    check_file(json)
-    images = open_images(
-        calibration, config=config, split=split, image_column=image_column, samples=recipe.samples, seed=recipe.seed
-    )
-    report = run(source, images, recipe, revision=revision, allow_pickle=allow_pickle, device=device)
-    if json:
-        json.write_text(dumps(report, indent=2) + "\n")
-    if not quiet:
-        tables.show_plan(report)
+    recipe = typed_recipe(context, recipe_file, **vars(size), **vars(method), native=native)
+    check_file(reporting.json)
+    images = open_images(calibration, **vars(data), samples=recipe.samples, seed=recipe.seed)
+    report = run(source, images, recipe, **vars(loading))
+    reporting.give(report, lambda: tables.show_plan(report))
 
 
 @_command(
@@ -293,6 +203,7 @@ def plan(
     "imagenet-1k:validation --reductions 0.2,0.4,0.6 --output sweep"
 )
 def sweep(
+    *,
     context: typer.Context,
     source: opt.Source,
     calibration: opt.Calibration,
@@ -304,29 +215,14 @@ def sweep(
     dataset_split: opt.DatasetSplit = None,
     dataset_config: opt.DatasetConfig = None,
     label_column: opt.LabelColumn = None,
-    split: opt.Split = None,
-    config: opt.Config = None,
-    image_column: opt.ImageColumn = None,
-    samples: opt.Samples = 1024,
-    cost: opt.Cost = "parameters",
+    data: opt.ImageOptions,
     preset: opt.Preset = OURS,
-    compensation: opt.Compensation = None,
-    distill_epochs: opt.DistillEpochs = CompressionRecipe.distill_epochs,
-    distill_lr: opt.DistillLr = CompressionRecipe.distill_lr,
-    labels: opt.Labels = False,
-    gradient_checkpointing: opt.Checkpointing = False,
-    query_key_weight: opt.QueryKeyWeight = 4.0,
-    rank_multiple: opt.RankMultiple = CompressionRecipe.rank_multiple,
+    method: opt.MethodOptions,
+    distillation: opt.DistillOptions,
     probe: opt.Probe = False,
-    seed: opt.Seed = 0,
-    batch_size: opt.BatchSize = 32,
-    device: opt.Device = None,
-    revision: opt.Revision = None,
-    allow_pickle: opt.AllowPickle = False,
+    loading: opt.LoadOptions,
     overwrite: opt.Overwrite = False,
-    json: opt.Json = None,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
+    reporting: opt.ReportOptions,
 ) -> None:
     """Compress to many sizes from statistics that they share; writes a table (JSON, Markdown) and a chart."""
     from . import tables
@@ -334,48 +230,17 @@ def sweep(
     from .sweep import sweep as run
 
     sizes = parse_reductions(reductions)
-    recipe = typed_recipe(
-        context,
-        None,
-        reduction=sizes[0],
-        cost=cost,
-        preset=preset,
-        compensation=compensation,
-        distill_epochs=distill_epochs,
-        distill_lr=distill_lr,
-        labels=labels,
-        gradient_checkpointing=gradient_checkpointing,
-        samples=samples,
-        batch_size=batch_size,
-        seed=seed,
-        query_key_weight=query_key_weight,
-        rank_multiple=rank_multiple,
-        probe=probe,
-    )
-    check_file(json)
+    fields = {**vars(method), **vars(distillation), "preset": preset, "probe": probe}
+    recipe = typed_recipe(context, None, reduction=sizes[0], **fields)
+    check_file(reporting.json)
     refuse_source(output, source)
     check_folder(output, overwrite)
-    images = open_images(
-        calibration, config=config, split=split, image_column=image_column, samples=recipe.samples, seed=recipe.seed
-    )
+    images = open_images(calibration, **vars(data), samples=recipe.samples, seed=recipe.seed)
     measured = dataset and open_images(
         dataset, config=dataset_config, split=dataset_split, label_column=label_column, seed=None
     )
-    rows = run(
-        source,
-        images,
-        sizes,
-        recipe,
-        dataset=measured or None,
-        output=output,
-        revision=revision,
-        allow_pickle=allow_pickle,
-        device=device,
-    )
-    if json:
-        json.write_text(dumps(rows, indent=2) + "\n")
-    if not quiet:
-        tables.show_sweep(rows, output)
+    rows = run(source, images, sizes, recipe, dataset=measured or None, output=output, **vars(loading))
+    reporting.give(rows, lambda: tables.show_sweep(rows, output))
 
 
 @_command(
@@ -383,26 +248,21 @@ def sweep(
     "facebook/deit-base-patch16-224"
 )
 def evaluate(
+    *,
     model: Annotated[str, typer.Argument(help="Compressed or dense classifier: a folder or a hub id.")],
     dataset: Annotated[str, opt.option("Images with labels, in any form that --calibration takes.", **opt.IMAGES)],
-    split: opt.Split = None,
-    config: opt.Config = None,
-    image_column: opt.ImageColumn = None,
-    label_column: opt.LabelColumn = None,
-    samples: Annotated[int | None, opt.option("Use the first images only.", min=1, **opt.IMAGES)] = None,
+    data: opt.LabelledOptions,
     against: Annotated[str | None, opt.option("Dense model to compare with.", **opt.RUN)] = None,
     batch_size: opt.BatchSize = 32,
     device: opt.Device = None,
     revision: opt.Revision = None,
-    json: opt.Json = None,
     write_card: Annotated[
         bool,
         opt.option(
             "Put the accuracies into the card of MODEL, a folder that compress wrote.", "--write-card", **opt.RUN
         ),
     ] = False,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
+    reporting: opt.ReportOptions,
 ) -> None:
     """Measure accuracy, size, work and speed of a classifier; classes are matched by name."""
     from . import tables
@@ -411,29 +271,18 @@ def evaluate(
     from .images import open_images
     from .model_card import PICTURE, evaluation_record, model_card
 
-    check_file(json)
+    check_file(reporting.json)
     record = unedited_card(Path(model)) if write_card else None
-    images = open_images(
-        dataset,
-        config=config,
-        split=split,
-        image_column=image_column,
-        label_column=label_column,
-        samples=samples,
-        seed=None,
-    )
+    images = open_images(dataset, **vars(data), seed=None)
     classifier, image_processor = load_classifier(model, revision=revision)
     dense = load_classifier(against) if against else None
     report = evaluate_classifier(
         classifier, image_processor, images, batch_size=batch_size, device=device, against=dense
-    )
-    if json:
-        json.write_text(report.to_json())
+    ).to_dict()
     if record:
-        record["evaluation"] = evaluation_record(report.to_dict())
+        record["evaluation"] = evaluation_record(report)
         rewrite_card(Path(model), record, model_card(record, picture=PICTURE if PICTURE in record["files"] else None))
-    if not quiet:
-        tables.show_evaluation(report.to_dict())
+    reporting.give(report, lambda: tables.show_evaluation(report))
 
 
 @_command("hf-vit-lowrank demo --output demo-output")
@@ -485,39 +334,34 @@ def export(
 
 @_command("hf-vit-lowrank push deit-b-lowrank60 org/deit-b-lowrank60 --private")
 def push(
+    *,
     folder: Annotated[Path, typer.Argument(help="Checkpoint folder that compress wrote.", show_default=False)],
     repository: Annotated[str, typer.Argument(help="Repository on the hub: owner/name.", show_default=False)],
     private: Annotated[bool, opt.option("Make a new repository private.", "--private", **opt.RUN)] = False,
     revision: Annotated[str | None, opt.option("Branch to push to (default: main).", **opt.RUN)] = None,
     create_pr: Annotated[bool, opt.option("Open a pull request.", "--create-pr", **opt.RUN)] = False,
     dry_run: Annotated[bool, opt.option("Only show what would be sent.", "--dry-run", **opt.RUN)] = False,
-    json: opt.Json = None,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
+    reporting: opt.ReportOptions,
 ) -> None:
     """Push a checkpoint to the hub (token: `hf auth login` or HF_TOKEN); what is there is not sent again."""
     from . import tables
     from .hub import push_folder
 
-    check_file(json)
+    check_file(reporting.json)
     report = push_folder(
         folder, repository, private=private or None, revision=revision, create_pr=create_pr, dry_run=dry_run
     ).to_dict()
-    if json:
-        json.write_text(dumps(report, indent=2) + "\n")
-    if not quiet:
-        tables.show_push(report)
+    reporting.give(report, lambda: tables.show_push(report))
 
 
 @_command("hf-vit-lowrank verify deit-b-lowrank60")
 def verify(
+    *,
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint of ours: a folder or a hub id.", show_default=False)],
     revision: Annotated[
         str | None, opt.option("Branch, tag or commit of the checkpoint on the hub.", **opt.RUN)
     ] = None,
-    json: opt.Json = None,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
+    reporting: opt.ReportOptions,
 ) -> None:
     """Check files, code, shapes, size and logits of a checkpoint.
 
@@ -526,16 +370,13 @@ def verify(
     from . import tables
     from .verification import verify_checkpoint
 
-    check_file(json)
+    check_file(reporting.json)
     try:
         verification = verify_checkpoint(checkpoint, revision=revision)
     except RunError as error:
         print(f"Error: {error}", file=sys.stderr)
         raise typer.Exit(3) from None
-    if json:
-        json.write_text(dumps(verification.to_dict(), indent=2) + "\n")
-    if not quiet:
-        tables.show_verification(verification.to_dict())
+    reporting.give(verification.to_dict(), lambda: tables.show_verification(verification.to_dict()))
     if not verification.passed:
         raise typer.Exit(1)
 
@@ -565,23 +406,18 @@ def show(
     "facebook/deit-base-patch16-224 --output report.html"
 )
 def report(
+    *,
     folder: Annotated[Path, typer.Argument(help="Folder of a compressed checkpoint.")],
     dataset: Annotated[
         str | None, opt.option("Images to measure on, in any form that --calibration takes.", **opt.IMAGES)
     ] = None,
-    split: opt.Split = None,
-    config: opt.Config = None,
-    image_column: opt.ImageColumn = None,
-    label_column: opt.LabelColumn = None,
-    samples: Annotated[int | None, opt.option("Use the first images only.", min=1, **opt.IMAGES)] = None,
+    data: opt.LabelledOptions,
     against: Annotated[str | None, opt.option("Dense model to compare with on --dataset.", **opt.RUN)] = None,
     output: Annotated[Path, opt.option("Page to write.", metavar="FILE.html", **opt.RUN)] = Path("report.html"),
     overwrite: Annotated[bool, opt.option("Replace the page if it is there.", "--overwrite", **opt.RUN)] = False,
     batch_size: opt.BatchSize = 32,
     device: opt.Device = None,
-    json: opt.Json = None,
-    quiet: opt.Quiet = False,
-    debug: opt.Debug = False,
+    reporting: opt.ReportOptions,
 ) -> None:
     """Write one HTML page about a checkpoint: sizes, ranks, error curves, accuracy, disagreements, speed, recipe."""
     from .images import open_images
@@ -589,28 +425,17 @@ def report(
 
     if against and not dataset:
         raise UserError("--against compares on images: name them by --dataset.")
-    check_file(json)
+    check_file(reporting.json)
     check_file(output, "--output")
     if output.exists() and not overwrite:
         raise UserError(f"--output '{output}' is there: choose another file, or pass --overwrite.")
     record, settings = read_checkpoint(folder)
     stream = evaluation = None
     if dataset:
-        stream = open_images(
-            dataset,
-            config=config,
-            split=split,
-            image_column=image_column,
-            label_column=label_column,
-            samples=samples,
-            seed=None,
-        )
+        stream = open_images(dataset, **vars(data), seed=None)
         evaluation = measure(folder, stream, against=against, batch_size=batch_size, device=device)
     output.write_text(report_page(record, settings, evaluation, stream), encoding="utf-8")
-    if json:
-        json.write_text(dumps({**record, "evaluation": evaluation}, indent=2) + "\n")
-    if not quiet:
-        print(f"Written to {output}")
+    reporting.give({**record, "evaluation": evaluation}, lambda: print(f"Written to {output}"))
 
 
 @_command("hf-vit-lowrank space org/deit-b-lowrank60 --output space")

@@ -1,13 +1,18 @@
-"""The options of the command line, each defined once."""
+"""The options of the command line, each defined once, and those that several commands share, in groups."""
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .recipe import COMPENSATIONS, COSTS, OURS, PRESETS
+from .recipe import COMPENSATIONS, COSTS, OURS, PRESETS, CompressionRecipe
 
 
 def option(help: str, *names: str, **settings: Any) -> Any:
@@ -111,3 +116,99 @@ Restart = Annotated[bool, option("Throw away what an unfinished run left and beg
 Json = Annotated[Path | None, option("Also write the figures to this file.", metavar="FILE", **RUN)]
 Quiet = Annotated[bool, option("Print nothing but warnings and errors.", "--quiet", "-q", **RUN)]
 Debug = Annotated[bool, option("Show the traceback of an error.", "--debug", **RUN)]
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """Of a data set, as `open_images` takes them."""
+
+    split: Split = None
+    config: Config = None
+    image_column: ImageColumn = None
+
+
+@dataclass(frozen=True)
+class LabelledOptions(ImageOptions):
+    """Of a data set to measure on."""
+
+    label_column: LabelColumn = None
+    samples: Annotated[int | None, option("Use the first images only.", min=1, **IMAGES)] = None
+
+
+@dataclass(frozen=True)
+class SizeOptions:
+    """Fields of a recipe, of which one is given."""
+
+    reduction: Reduction = None
+    max_parameters: MaxParameters = None
+    match: Match = None
+    min_agreement: MinAgreement = None
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """Fields of a recipe that every command with one has."""
+
+    samples: Samples = CompressionRecipe.samples
+    compensation: Compensation = None
+    cost: Cost = CompressionRecipe.cost
+    query_key_weight: QueryKeyWeight = CompressionRecipe.query_key_weight
+    rank_multiple: RankMultiple = CompressionRecipe.rank_multiple
+    seed: Seed = CompressionRecipe.seed
+    batch_size: BatchSize = CompressionRecipe.batch_size
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """Fields of a recipe."""
+
+    distill_epochs: DistillEpochs = CompressionRecipe.distill_epochs
+    distill_lr: DistillLr = CompressionRecipe.distill_lr
+    labels: Labels = False
+    gradient_checkpointing: Checkpointing = False
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How the dense model is loaded, and where it runs."""
+
+    device: Device = None
+    revision: Revision = None
+    allow_pickle: AllowPickle = False
+
+
+@dataclass(frozen=True)
+class ReportOptions:
+    json: Json = None
+    quiet: Quiet = False
+    debug: Debug = False
+
+    def give(self, figures: Any, show: Callable[[], None]) -> None:
+        """Write the figures to the file named, and `show` them unless nothing is to be printed."""
+        if self.json:
+            self.json.write_text(dumps(figures, indent=2) + "\n")
+        if not self.quiet:
+            show()
+
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """The same for typer, which wants every option of the groups (data classes) that `command` takes on its own."""
+    parameters = inspect.signature(command, eval_str=True).parameters
+    groups: dict[str, Any] = {name: one.annotation for name, one in parameters.items() if is_dataclass(one.annotation)}
+    single: list[inspect.Parameter] = []
+    for name, parameter in parameters.items():
+        group = groups.get(name)
+        single += inspect.signature(group, eval_str=True).parameters.values() if group else [parameter]
+
+    @functools.wraps(command)
+    def run(**options: Any) -> None:
+        made = {
+            name: group(**{field.name: options.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**options, **made)
+
+    keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in single]
+    run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in single}
+    return run
