@@ -175,14 +175,15 @@ def _expected(recipe: CompressionRecipe, small: float, seconds: Mapping[str, flo
     """Seconds of what a plan leaves out, by stage; small: FLOPs of the smaller model as a share of the dense one's.
 
     Statistics take as long as 3.5 forward passes, refits hardly less. Training is three passes of the smaller model
-    over the images and their views, for which the dense model is asked once: once in all, or once a view.
+    over the images and their views, half of that where it sees some tokens only, for which the dense model is asked
+    once: once in all, or once a view.
     """
     forward = seconds["statistics"] / 3.5
     expected = {"surgery": seconds["candidates"]}
     if recipe.compensation != "none":
         expected["closed form"] = seconds["statistics"]
     if recipe.compensation in TRAINED:
-        expected["training block by block"] = (1 + VIEWS) * (1 + 3 * EPOCHS * small) * forward
+        expected["training block by block"] = (1 + VIEWS) * (1 + 1.5 * EPOCHS * small) * forward
     if recipe.compensation == "distill":
         expected["distillation"] = recipe.distill_epochs * (1 + 3 * small) * forward
     return expected

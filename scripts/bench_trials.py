@@ -99,6 +99,10 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
         {"compensation": "gradient"},
         [("compensation.drift", "DRIFT_SEEN", 0.6)],
     ),
+    "gradient, pivots, all tokens in every step": (
+        {"compensation": "gradient"},
+        [("compensation.gradient", "SAMPLED", 1024)],
+    ),
     "gradient": ({"compensation": "gradient"}, []),
     "gradient, sizes probed": ({"compensation": "gradient", "probe": True}, []),
     "gradient, no random views": ({"compensation": "gradient"}, [("compensation.steps", "VIEWS", 0)]),

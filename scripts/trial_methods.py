@@ -49,10 +49,11 @@ class MuonAndAdam(torch.optim.Optimizer):
             part.step()
 
 
-def descend_by_muon(block: Any, queries: int | None, *rest: Any) -> None:
+def descend_by_muon(block: Any, error: Any, examples: gradient._Examples, *rest: Any) -> None:
     """In place of `_descend` of training block by block; the last block, soon learnt by heart, stays with Adam."""
-    with patch.object(torch.optim, "Adam", _Adam if queries else MuonAndAdam):
-        _descend(block, queries, *rest)
+    is_last = isinstance(examples, gradient._Blends)
+    with patch.object(torch.optim, "Adam", _Adam if is_last else MuonAndAdam):
+        _descend(block, error, examples, *rest)
 
 
 def distilled_by_muon(trainer: distill._Distiller, model: Any = None) -> torch.optim.Optimizer:

@@ -127,7 +127,8 @@ def test_a_step_is_the_same_however_many_images_are_worked_on_at_once(calibrated
     error = _Error(calibrated.statistics[0], targets, 1, torch.device("cpu"), size=8)
     whole, part = (copy.deepcopy(calibrated.dense.model.vit.blocks[1]).requires_grad_(True) for _ in range(2))
     for block, size in ((whole, 8), (part, 3)):
-        _descend(block, None, error, _Examples(inputs, inputs, targets), seed=0, batch_size=8, size=size)
+        examples = _Examples(inputs, inputs, targets, num_read=1, seed=0)
+        _descend(block, error, examples, seed=0, batch_size=8, size=size)
     for one, other in zip(whole.parameters(), part.parameters(), strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
 
@@ -189,7 +190,7 @@ def test_only_the_last_block_is_trained_on_blends(calibrated, trained, monkeypat
 def test_a_blend_is_mostly_its_own_image_and_its_target_exact(calibrated):
     source, chosen = calibrated.dense.model.vit.blocks[-1], torch.arange(8)
     inputs = torch.eye(8, source.attention.query.in_features)[:, None].repeat(1, 3, 1)
-    seen, targets = _Blends(inputs, 2 * inputs, source, queries=1, seed=0).batch(chosen, torch.device("cpu"))
+    seen, targets = _Blends(inputs, 2 * inputs, source=source, num_read=1, seed=0).batch(chosen, torch.device("cpu"))
     blended = seen / (2 - DRIFT_SEEN)
     torch.testing.assert_close(targets, source(2 * blended, 1)[0])
     torch.testing.assert_close(blended.sum(-1), torch.ones(8, 3))
@@ -198,11 +199,30 @@ def test_a_blend_is_mostly_its_own_image_and_its_target_exact(calibrated):
     assert own.max() > own.min()
 
 
-def test_a_block_is_trained_on_a_part_of_the_drift():
-    inputs, dense_inputs, targets = torch.rand(3, 8, 3, 4)
-    batch = _Examples(inputs, dense_inputs, targets).batch(torch.tensor([5, 2]), torch.device("cpu"))
-    torch.testing.assert_close(batch[0] - dense_inputs[[5, 2]], DRIFT_SEEN * (inputs - dense_inputs)[[5, 2]])
-    assert torch.equal(batch[1], targets[[5, 2]])
+def test_a_block_is_trained_on_a_part_of_the_drift_and_of_the_tokens(monkeypatch):
+    monkeypatch.setattr("hf_vit_lowrank.compensation.gradient.SAMPLED", 3)
+    inputs, dense_inputs, targets = torch.rand(3, 8, 7, 4)
+    examples = _Examples(inputs, dense_inputs, targets, num_read=2, seed=0)
+    chosen = torch.tensor([5, 2])
+    seen, aimed_at = examples.batch(chosen, torch.device("cpu"))
+    assert aimed_at.shape == (2, 5, 4)
+    order = [int((targets[5] == token).all(-1).nonzero()) for token in aimed_at[0]]
+    assert order[:2] == [0, 1]
+    assert len(set(order)) == 5
+    expected = dense_inputs.lerp(inputs, DRIFT_SEEN)[chosen]
+    torch.testing.assert_close(seen[:, :5], expected[:, order])
+    torch.testing.assert_close(seen.sum(1), expected.sum(1))  # attention reads the others, too
+    assert not torch.equal(examples.batch(chosen, torch.device("cpu"))[1], aimed_at)
+
+
+def test_some_tokens_stand_for_all(calibrated):
+    """The errors of halves of the tokens that the classifier does not read have the error of all as their mean."""
+    targets = torch.cat(calibrated.fitting)[:16]
+    error = _Error(calibrated.statistics[0], targets, 1, torch.device("cpu"), size=8)
+    outputs, read, others = targets + torch.randn_like(targets), torch.tensor([0]), torch.arange(1, targets.shape[1])
+    halves = [torch.cat((read, half)) for half in others.split(len(others) // 2)]
+    errors = [error(outputs[:, half], targets[:, half]) for half in halves]
+    torch.testing.assert_close(torch.stack(errors).mean(), error(outputs, targets))
 
 
 def test_distillation_that_only_harms_leaves_the_start(calibrated, trained):
