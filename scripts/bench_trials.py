@@ -99,9 +99,9 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
         {"compensation": "gradient"},
         [("compensation.drift", "DRIFT_SEEN", 0.6)],
     ),
-    "gradient, pivots, all tokens in every step": (
+    "gradient, pivots, four passes on all tokens": (
         {"compensation": "gradient"},
-        [("compensation.gradient", "SAMPLED", 1024)],
+        [("compensation.gradient", "SAMPLED", 1024), ("compensation.gradient", "EPOCHS", 4)],
     ),
     "gradient": ({"compensation": "gradient"}, []),
     "gradient, sizes probed": ({"compensation": "gradient", "probe": True}, []),
