@@ -1,7 +1,8 @@
 """Trials of the method, judged on calibration images that nothing is fitted on: what is built in, and what is not.
 
-A trial changes the recipe, or constants or functions of the method. All but those of BUILT_IN are without pivots and
-see all of the drift, and all but those and NARROW leave the stream of tokens as wide as it is, whatever the size.
+A trial changes the recipe, or constants or functions of the method. All but those of BUILT_IN are without pivots, see
+all of the drift and train in four passes on all tokens, and all but those and NARROW leave the stream of tokens as wide
+as it is, whatever the size.
 Writes trials.json and trials.md into OUTPUT; a finished trial is not run again.
 """
 
@@ -51,6 +52,7 @@ WHOLE_EMBEDDINGS: Constant = ("rank_plan", "largest_embedding_ranks", lambda *_:
 WHOLE_STREAM: Constant = ("rank_plan", "STREAM_FROM", 1.0)
 NO_PIVOTS: Constant = ("candidates.pivots", "TENTHS", 0)
 ALL_DRIFT: Constant = ("compensation.drift", "DRIFT_SEEN", 1.0)
+FOUR_PASSES: list[Constant] = [("compensation.gradient", "SAMPLED", 1024), ("compensation.gradient", "EPOCHS", 4)]
 # Of the trials that want a GPU.
 LONG = {"compensation": "distill", "distill_epochs": 180, "batch_size": 64}
 NO_BYPASS: Constant = ("rank_plan", "BYPASS_ROUNDS", 0)
@@ -99,10 +101,7 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
         {"compensation": "gradient"},
         [("compensation.drift", "DRIFT_SEEN", 0.6)],
     ),
-    "gradient, pivots, four passes on all tokens": (
-        {"compensation": "gradient"},
-        [("compensation.gradient", "SAMPLED", 1024), ("compensation.gradient", "EPOCHS", 4)],
-    ),
+    "gradient, pivots, four passes on all tokens": ({"compensation": "gradient"}, FOUR_PASSES),
     "gradient": ({"compensation": "gradient"}, []),
     "gradient, sizes probed": ({"compensation": "gradient", "probe": True}, []),
     "gradient, no random views": ({"compensation": "gradient"}, [("compensation.steps", "VIEWS", 0)]),
@@ -219,7 +218,7 @@ def main(
 def _made(calibrated: Calibrated, recipe: CompressionRecipe, name: str) -> tuple[Any, Any]:
     """The model of a trial and, where it was distilled, the curve."""
     calibrated.narrowed.clear()  # another trial's stream
-    earlier = [NO_PIVOTS, ALL_DRIFT, *([] if name in NARROW else [WHOLE_STREAM])]
+    earlier = [NO_PIVOTS, ALL_DRIFT, *FOUR_PASSES, *([] if name in NARROW else [WHOLE_STREAM])]
     with _changed([] if name in BUILT_IN else earlier):
         return _built(calibrated, recipe, name)
 
