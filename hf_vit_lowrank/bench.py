@@ -27,7 +27,7 @@ from .evaluation import count_flops, count_parameters, evaluate_classifier, pick
 from .images import ImageStream
 from .model_card import evaluation_record, model_card
 from .pixels import PixelBatch, pixel_batches
-from .quantised import LIBRARIES, check_quantisers, quantise, serialised_bytes
+from .quantised import LIBRARIES, QUANTISERS, check_quantisers, quantise, serialised_bytes
 from .recipe import OURS, PRESETS, CompressionRecipe
 from .run_folder import RunFolder
 
@@ -101,7 +101,7 @@ def bench(
 
     base: what all recipes share (samples, batch size, seed, distillation); its target, preset and compensation do not
         count.
-    quantised: also measure the dense model in 8 and 4 bits, and ours in 8 bits (see `quantised.quantise`).
+    quantised: also measure the dense model and ours in 8 and 4 bits (see `quantised.quantise`).
     output: a folder. cells/ gets a file for each cell as soon as it is measured; a later call with the same weights,
         images and recipe takes it from there, so a call that was killed goes on. A method that cannot reach a size is
         recorded with the reason; one that failed otherwise too, but is tried again by the next call. accuracy.json,
@@ -140,10 +140,11 @@ def bench(
 
 def _cells(methods: Sequence[Method], sizes: Sequence[float], base: CompressionRecipe, quantised: bool) -> list[Cell]:
     """In the order of the table, a model's quantised versions right after it; each once."""
-    cells = [Cell(DENSE, 0.0, None, kind) for kind in ((None, "int8", "hqq4") if quantised else (None,))]
+    kinds = (None, *QUANTISERS) if quantised else (None,)
+    cells = [Cell(DENSE, 0.0, None, kind) for kind in kinds]
     for method in methods:
-        kinds = (None, "int8") if quantised and method.ours else (None,)
-        cells += [Cell(method.name, size, method.recipe(base, size), kind) for size in sizes for kind in kinds]
+        own = kinds if method.ours else (None,)
+        cells += [Cell(method.name, size, method.recipe(base, size), kind) for size in sizes for kind in own]
     return list(dict.fromkeys(cells))
 
 

@@ -20,6 +20,10 @@ from .remote.configuration_lowrank_vit import FACTORABLE
 _COMPRESSED = "#1f5fbf"
 _DENSE = "#444444"
 _OURS_SHADES = ("#9ec5f4", "#4f8fe0", "#1f5fbf", "#0b2f6b")  # a compensation that goes farther is darker
+_QUANTISED = {
+    "int8": {"linestyle": "--", "markerfacecolor": "white"},
+    "hqq4": {"linestyle": ":", "markerfacecolor": "white"},
+}
 _RIVALS = matplotlib.colormaps["tab20"]
 _MARKERS = "sD^vPX<>hpd*"
 # No date and no version of matplotlib in the file: the same numbers give the same bytes.
@@ -115,12 +119,12 @@ def _lines(cells: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def _draw_ours(axes: Axes, lines: dict[str, list[dict[str, Any]]], measure: str) -> None:
-    """Each compensation in a blue of its own, dashed and hollow where quantised; accuracies written at the best one."""
+    """Each compensation in a blue of its own, hollow where quantised; accuracies written at the best one."""
     ours = {name: line for name, line in lines.items() if _is_ours(line[0])}
     methods = sorted({line[0]["method"] for line in ours.values()}, key=_strength)
     for index, (name, line) in enumerate(ours.items()):
         shade = _OURS_SHADES[len(_OURS_SHADES) - len(methods) + methods.index(line[0]["method"])]
-        style = {"linestyle": "--", "markerfacecolor": "white"} if line[0]["quantised"] else {}
+        style = _QUANTISED.get(line[0]["quantised"], {})
         _draw(axes, line, measure, label=f"ours: {name}", color=shade, marker="o", linewidth=2.4, zorder=5, **style)
         if index == 0:
             for cell in line:

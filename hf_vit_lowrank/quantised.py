@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
@@ -16,7 +17,8 @@ from .errors import UserError
 
 LIBRARIES = ("torchao", "hqq")
 HQQ_BITS = 4
-HQQ_GROUP = 64  # weights that share a scale and a zero point
+HQQ_GROUP = 64  # weights that share a scale and a zero point; 32, 16 or 8 where that does not divide a weight
+HQQ_SMALLEST_GROUP = 8  # hqq takes none smaller
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -34,7 +36,8 @@ def quantise(model: _Model, kind: str) -> _Model:
     kind:
         "int8": torchao's Int8WeightOnlyConfig, symmetric, one float32 scale for each output.
         "hqq4": 4 bits by half-quadratic quantisation (hqq's HQQLinear, Badri and Shaji 2023), float32 scale and zero
-            point for each group of `HQQ_GROUP` weights; the weights are dequantised before each product.
+            point for each group of `HQQ_GROUP` weights; the weights are dequantised before each product. A weight that
+            no group divides stays as it is.
 
     Raises UserError where torchao or hqq is not installed.
     """
@@ -63,9 +66,12 @@ def _int8(model: nn.Module) -> None:
 
 def _hqq4(model: nn.Module) -> None:
     hqq: Any = import_module("hqq.core.quantize")
-    settings = hqq.BaseQuantizeConfig(nbits=HQQ_BITS, group_size=HQQ_GROUP)
     for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
+        if not isinstance(module, nn.Linear):
+            continue
+        group = math.gcd(module.weight.numel() // 2, HQQ_GROUP)  # an even number of them: two weights share a byte
+        if group >= HQQ_SMALLEST_GROUP:
+            settings = hqq.BaseQuantizeConfig(nbits=HQQ_BITS, group_size=group)
             parent, _, attribute = name.rpartition(".")
             device = str(module.weight.device)
             replacement = hqq.HQQLinear(module, settings, compute_dtype=torch.float32, device=device)

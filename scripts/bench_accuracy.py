@@ -45,7 +45,7 @@ def main(
         bool | None,
         typer.Option(
             "--quantise/--no-quantise",
-            help="Also int8 and 4 bits of the dense model, int8 on top of ours. Default: if torchao and hqq are there.",
+            help="Also 8 and 4 bits of the dense model and of ours. Default: if torchao and hqq are there.",
             show_default=False,
         ),
     ] = None,

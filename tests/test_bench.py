@@ -277,6 +277,17 @@ def test_quantised_models_are_smaller_and_near(kind, bits, error):
     assert serialised_bytes(model) > 4 * weights
 
 
+@pytest.mark.slow
+def test_four_bits_take_groups_that_divide_a_weight():
+    pytest.importorskip("torchao")
+    hqq = pytest.importorskip("hqq.core.quantize")
+    model = torch.nn.Sequential(torch.nn.Linear(8, 12), torch.nn.Linear(12, 1)).eval()  # 96 and 12 weights
+    grouped, whole = quantise(model, "hqq4")
+    assert [type(one) for one in (grouped, whole)] == [hqq.HQQLinear, torch.nn.Linear]
+    inputs = torch.randn(64, 8)
+    assert (grouped(inputs) - model[0](inputs)).norm() < 0.15 * model[0](inputs).norm()
+
+
 # ------------------------------------------------------------------------------------------------------------- scripts
 
 
