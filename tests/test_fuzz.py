@@ -21,7 +21,7 @@ from hf_vit_lowrank.checkpoint import load_checkpoint, save_checkpoint
 from hf_vit_lowrank.dense import load_dense
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.evaluation import load_classifier
-from hf_vit_lowrank.images import _UnreadableImageError, decode_image
+from hf_vit_lowrank.image_decoding import UnreadableImageError, decode_image
 from hf_vit_lowrank.pixels import load_image_processor
 from hf_vit_lowrank.recipe import CompressionRecipe
 from hf_vit_lowrank.remote.configuration_lowrank_vit import LowRankViTConfig
@@ -189,7 +189,7 @@ def test_damaged_images_are_unreadable_or_rgb(kind, tmp_path):
     for seed in range(40):
         try:
             decoded = decode_image(_damage(data, seed))
-        except _UnreadableImageError as error:
+        except UnreadableImageError as error:
             in_one_sentence(UserError(f"{error}."))
         else:
             assert decoded.mode == "RGB"

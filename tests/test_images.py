@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 from transformers import ViTImageProcessorPil
 
-from hf_vit_lowrank import images, progress
+from hf_vit_lowrank import image_sources, progress
 from hf_vit_lowrank.errors import RunError, UserError
-from hf_vit_lowrank.images import decode_image, open_images
+from hf_vit_lowrank.image_decoding import decode_image
+from hf_vit_lowrank.images import open_images
 from hf_vit_lowrank.labels import match_labels
 from hf_vit_lowrank.pixels import load_image_processor, pixel_batches
 
@@ -121,7 +122,7 @@ def test_parquet_file_in_order_and_capped(tmp_path):
 @pytest.mark.parametrize("streamed", [False, True])
 def test_same_seed_gives_the_same_images_in_the_same_order(tmp_path, monkeypatch, streamed):
     if streamed:
-        monkeypatch.setattr(images, "CACHE_LIMIT_BYTES", 0)
+        monkeypatch.setattr(image_sources, "CACHE_LIMIT_BYTES", 0)
     location = parquet(tmp_path, count=40)
     stream = open_images(location, seed=1)
     first = shades(stream)
@@ -210,7 +211,7 @@ def test_hub_data_set_is_streamed_and_shuffled_by_the_buffer(tmp_path, monkeypat
             train=dataset(30).to_iterable_dataset(), test=dataset(4).to_iterable_dataset()
         )
 
-    monkeypatch.setattr(images, "load_dataset", load_dataset)
+    monkeypatch.setattr(image_sources, "load_dataset", load_dataset)
     stream = open_images("owner/name:train", config="small", shuffle_buffer=5, samples=12)
     seen = shades(stream)
     assert asked == [("owner/name", "small", True)]
@@ -231,7 +232,7 @@ def test_stream_that_breaks_off_is_a_failed_run(monkeypatch):
         raise ConnectionError("connection reset")
 
     data = datasets.IterableDataset.from_generator(rows, features=dataset().features)
-    monkeypatch.setattr(images, "load_dataset", lambda *_, **__: datasets.IterableDatasetDict(train=data))
+    monkeypatch.setattr(image_sources, "load_dataset", lambda *_, **__: datasets.IterableDatasetDict(train=data))
     with pytest.raises(RunError, match=r"owner/name.*connection reset"):
         list(open_images("owner/name", seed=None))
 
@@ -291,7 +292,7 @@ def test_what_is_not_there_is_said(tmp_path, monkeypatch):
         open_images(parquet(tmp_path), samples=0)
     with pytest.raises(UserError, match="leave config 'x' out"):
         open_images(parquet(tmp_path), config="x")
-    monkeypatch.setattr(images, "load_dataset", load_dataset)
+    monkeypatch.setattr(image_sources, "load_dataset", load_dataset)
     with pytest.raises(UserError, match=r"'owner/missing' is no file or folder here.*Couldn't reach the hub"):
         open_images("owner/missing")
 

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from hf_vit_lowrank import CompressionRecipe
 from hf_vit_lowrank.dense import load_dense
+from hf_vit_lowrank.image_sources import ImageSource
 from hf_vit_lowrank.images import Share, open_images
 from hf_vit_lowrank.memory import memory_plan
 
@@ -146,8 +147,8 @@ def test_every_image_of_a_stream_is_read_once(shards, samples, digits_data, monk
 
     data: Dataset = load_dataset("parquet", data_files=str(digits_data.validation), split="train").select(range(60))
     stream = data.to_iterable_dataset(num_shards=shards)
-    source = images._Source(["train"], lambda _: stream, lambda *_: 60)
-    monkeypatch.setattr(images, "_open_source", lambda *_, **__: source)
+    source = ImageSource(["train"], lambda _: stream, lambda *_: 60)
+    monkeypatch.setattr(images, "open_source", lambda *_, **__: source)
     opened = open_images("org/digits", samples=samples, seed=0, shuffle_buffer=10)
     seen: Counter[bytes] = Counter()
     sizes = []
