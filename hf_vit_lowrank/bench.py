@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 
+from .bench_cells import Cell, Method, Store, common_ground
 from .calibration import Calibrated, calibrate, training_share
 from .charts import bytes_chart, methods_chart, plan_chart
 from .compress import CompressionResult, build
@@ -32,39 +31,7 @@ from .recipe import OURS, PRESETS, CompressionRecipe
 from .run_folder import RunFolder
 
 DENSE = "dense"
-_FORMAT = 1
 _LIBRARIES = ("hf-vit-lowrank", "torch", "transformers")
-
-
-@dataclass(frozen=True)
-class Method:
-    """A preset and what repairs the model afterwards; written "svd", "corp/gradient" or "mixed-rank/closed-form"."""
-
-    preset: str
-    compensation: str
-
-    @classmethod
-    def parse(cls, name: str) -> Method:
-        """Without a compensation it is the preset's own. Raises UserError for a method that no recipe allows."""
-        preset, _, compensation = name.strip().partition("/")
-        recipe = CompressionRecipe(reduction=0.0, preset=preset, compensation=compensation or None)
-        return cls(preset, str(recipe.compensation))
-
-    @property
-    def ours(self) -> bool:
-        return self.preset == OURS
-
-    @property
-    def name(self) -> str:
-        return self.preset if self.compensation == "none" and not self.ours else f"{self.preset}/{self.compensation}"
-
-    def recipe(self, base: CompressionRecipe, reduction: float) -> CompressionRecipe:
-        """`base` for this method and size; how long distillation takes does not count where there is none."""
-        recipe = replace(base, reduction=reduction, preset=self.preset, compensation=self.compensation)
-        if self.compensation == "distill":
-            return recipe
-        plain = CompressionRecipe
-        return replace(recipe, distill_epochs=plain.distill_epochs, distill_lr=plain.distill_lr)
 
 
 # Distillation of our own is left out: it takes hours, so it is done where it is asked for.
@@ -72,16 +39,6 @@ DEFAULT_METHODS = (
     *(Method(preset, "none") for preset in PRESETS),
     *(Method(OURS, compensation) for compensation in ("closed-form", "gradient")),
 )
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One model to measure. recipe: None for the dense model. quantised: "int8", "hqq4" or None."""
-
-    method: str
-    size: float
-    recipe: CompressionRecipe | None
-    quantised: str | None = None
 
 
 def bench(
@@ -122,8 +79,8 @@ def bench(
     if quantised:
         check_quantisers()
     dense = load_dense(source)
-    about = _about(dense, calibration, dataset)
-    store = _Store(Path(output) / "cells", about)
+    about = common_ground(dense, calibration, dataset)
+    store = Store(Path(output) / "cells", about)
     cells = _cells(methods, sizes, base, quantised)
     missing = [cell for cell in cells if not store.finished(cell)]
     say(f"{len(cells) - len(missing)} of {len(cells)} cells are finished")
@@ -211,7 +168,7 @@ class _Workshop:
 
 
 def _measure_all(
-    workshop: _Workshop, batches: PreparedImages, cells: Sequence[Cell], store: _Store, say: Callable[[str], None]
+    workshop: _Workshop, batches: PreparedImages, cells: Sequence[Cell], store: Store, say: Callable[[str], None]
 ) -> None:
     # Those that need the same calibration one after the other, the dense model first.
     ordered = sorted(cells, key=lambda cell: training_share(cell.recipe) if cell.recipe else -1.0)
@@ -317,60 +274,6 @@ def _cpu_name() -> str:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, platform.processor() or platform.machine())
-
-
-# ------------------------------------------------------------------------------------------------------ cells on disk
-
-
-class _Store:
-    """One JSON file for each cell, named by what it is and by a hash of everything that its result depends on."""
-
-    def __init__(self, folder: Path, about: dict[str, Any]) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder, self._about = folder, about
-
-    def finished(self, cell: Cell) -> bool:
-        return self._path(cell).is_file() and bool(self.read(cell)["final"])
-
-    def read(self, cell: Cell) -> dict[str, Any]:
-        path = self._path(cell)
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"'{path}' is not valid JSON ({reason(error)}): delete it to measure it again.") from error
-
-    def write(self, cell: Cell, record: dict[str, Any]) -> None:
-        path = self._path(cell)
-        text = json.dumps({**asdict(cell), **record}, indent=2, ensure_ascii=False, allow_nan=False)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-
-    def _path(self, cell: Cell) -> Path:
-        whole = json.dumps({"format": _FORMAT, **self._about, **asdict(cell)}, sort_keys=True)
-        digest = hashlib.sha256(whole.encode()).hexdigest()
-        parts = (cell.method.replace("/", "+"), f"{cell.size:g}", cell.quantised, digest[:16])
-        return self._folder / ("_".join(part for part in parts if part) + ".json")
-
-
-def _about(dense: DenseSource, calibration: ImageStream, dataset: ImageStream) -> dict[str, Any]:
-    """What all cells share. Paths do not count: the same weights and images may move."""
-    return {
-        "weights_sha256": dense.weights_sha256,
-        "image_processor_sha256": hashlib.sha256(dense.preprocessor_config or b"").hexdigest(),
-        "calibration": _images(calibration),
-        "dataset": _images(dataset),
-    }
-
-
-def _images(stream: ImageStream) -> dict[str, Any]:
-    """The description of a stream; local data by names and sizes of the files, so that nothing need be decoded."""
-    path = Path(stream.description["location"])
-    if not path.exists():
-        return stream.description
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    listing = "\n".join(f"{file.relative_to(path.parent).as_posix()} {file.stat().st_size}" for file in files)
-    return {**stream.description, "location": path.name, "files": hashlib.sha256(listing.encode()).hexdigest()}
 
 
 # --------------------------------------------------------------------------------------------------- tables and charts

@@ -21,7 +21,8 @@ from .bisection import last_that_fits
 from .budget import check_reachable, recipe_stream
 from .candidates.block import BlockCandidates, block_candidates
 from .candidates.embedding import EmbeddingCandidates, embedding_candidates
-from .dense import DenseSource, load_dense, require_free_head_sizes
+from .dense import DenseSource, load_dense
+from .dense_layout import require_free_head_sizes
 from .embeddings import embedded_by, whole_positions
 from .errors import UserError
 from .evaluation import class_of_label, pick_device

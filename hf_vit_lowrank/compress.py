@@ -19,7 +19,8 @@ from .charts import plan_chart
 from .checkpoint import save_checkpoint
 from .compensation.gradient import EPOCHS
 from .compensation.steps import compensate, measured_drifts
-from .dense import not_finite, to_transformers
+from .dense import not_finite
+from .dense_layout import to_transformers
 from .errors import RunError, UserError
 from .hub import PushReport, push_folder
 from .images import ImageStream

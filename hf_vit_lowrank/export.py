@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from .checkpoint import PREPROCESSOR, check_target, find_record, save_checkpoint
-from .dense import to_transformers, why_not_uniform
+from .dense_layout import to_transformers, why_not_uniform
 from .embeddings import whole_positions, whole_projection
 from .errors import RunError, UserError, as_user_error, reason
 from .evaluation import count_parameters, load_classifier

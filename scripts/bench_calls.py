@@ -21,7 +21,7 @@ from bench_latency import uneven_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DeiTConfig, DeiTForImageClassification
 
-from hf_vit_lowrank.dense import from_transformers
+from hf_vit_lowrank.dense_layout import from_transformers
 from hf_vit_lowrank.evaluation import count_parameters
 from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTAttention, LowRankViTForImageClassification
 

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import DeiTConfig, DeiTForImageClassification, PreTrainedModel
 
 from hf_vit_lowrank.bisection import last_that_fits
-from hf_vit_lowrank.dense import from_transformers
+from hf_vit_lowrank.dense_layout import from_transformers
 from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.evaluation import count_flops, count_parameters, load_classifier, pick_device
 from hf_vit_lowrank.quantised import quantise

@@ -19,7 +19,8 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_vit_lowrank.dense import dense_parameters, from_transformers, load_dense
+from hf_vit_lowrank.dense import dense_parameters, load_dense
+from hf_vit_lowrank.dense_layout import from_transformers
 from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification
 

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from hf_vit_lowrank import evaluation
-from hf_vit_lowrank.dense import from_transformers
+from hf_vit_lowrank.dense_layout import from_transformers
 from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.evaluation import (
     TopKAccuracy,

@@ -18,7 +18,8 @@ from hf_vit_lowrank.candidates.block import LAST_WIDTH_WEIGHT
 from hf_vit_lowrank.checkpoint import load_checkpoint, save_checkpoint
 from hf_vit_lowrank.cli import app
 from hf_vit_lowrank.compress import build, compress
-from hf_vit_lowrank.dense import from_transformers, load_dense, to_transformers
+from hf_vit_lowrank.dense import load_dense
+from hf_vit_lowrank.dense_layout import from_transformers, to_transformers
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.evaluation import count_flops, count_parameters
 from hf_vit_lowrank.export import densified, export_dense, export_native, export_onnx

@@ -15,7 +15,7 @@ from torch.nn.functional import layer_norm
 from hf_vit_lowrank import calibration
 from hf_vit_lowrank.calibration import calibrate, held_back_divergence
 from hf_vit_lowrank.compress import build, compress
-from hf_vit_lowrank.dense import why_not_uniform
+from hf_vit_lowrank.dense_layout import why_not_uniform
 from hf_vit_lowrank.embeddings import embedded_by
 from hf_vit_lowrank.evaluation import count_parameters
 from hf_vit_lowrank.export import densified
