@@ -114,18 +114,18 @@ class _WithConstants(nn.Module):
         """By the name of the buffer; none if not said otherwise."""
         return {}
 
-    def register_constants(self) -> None:
-        for name, values in self._on_cpu().items():
-            self.register_buffer(name, values.to(torch.empty(0).device), persistent=False)
+    def register_constants(self, **empty: torch.Tensor) -> None:
+        for name, buffer in empty.items():
+            self.register_buffer(name, buffer, persistent=False)
+        self.fill_constants()
 
     def fill_constants(self) -> None:
-        """Write them anew: a model made on the meta device has lost them."""
-        for name, values in self._on_cpu().items():
-            getattr(self, name).copy_(values)
-
-    def _on_cpu(self) -> dict[str, torch.Tensor]:
-        with torch.device("cpu"):  # models are made on the meta device, which has no values and takes long over little
-            return self.constants()
+        """Write them: a model made on the meta device, which holds no values, gets them when it is loaded."""
+        if any(buffer.is_meta for buffer in self.buffers(recurse=False)):
+            return
+        with torch.device("cpu"):
+            for name, values in self.constants().items():
+                getattr(self, name).copy_(values)
 
     def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
         super()._load_from_state_dict(*arguments, **options)
@@ -146,7 +146,7 @@ class PivotedLinear(_WithConstants):
         self.sizes, self.pivots = sizes, pivots
         self.rest = nn.Linear(sum(sizes), outputs - pivots, bias=False)
         self.bias = nn.Parameter(torch.zeros(outputs))
-        self.register_constants()
+        self.register_constants(identity=torch.empty(pivots, sum(sizes)))
 
     def constants(self) -> dict[str, torch.Tensor]:
         return {"identity": torch.cat([torch.eye(self.pivots, size) for size in self.sizes], 1)}
@@ -172,7 +172,7 @@ class PlainNorm(_WithConstants):
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.size, self.eps = size, eps
-        self.register_constants()
+        self.register_constants(ones=torch.empty(size), zeros=torch.empty(size))
 
     def constants(self) -> dict[str, torch.Tensor]:
         return {"ones": torch.ones(self.size), "zeros": torch.zeros(self.size)}
@@ -248,7 +248,14 @@ class LowRankViTAttention(_WithConstants):
         # The fused kernels want one head size for all, a multiple of 8 on most devices.
         self.fused_size = -(-max(ranks) // 8) * 8
         self.is_padded = any(rank != self.fused_size for rank in ranks)
-        self.register_constants()
+        if self.is_padded:
+            padded = len(self.query_key_ranks) * self.fused_size
+            self.register_constants(
+                query_columns=torch.empty(padded, dtype=torch.long),
+                query_mask=torch.empty(padded, dtype=torch.bool),
+                key_value_columns=torch.empty(2 * padded, dtype=torch.long),
+                context_columns=torch.empty(context_size, dtype=torch.long),
+            )
 
     def constants(self) -> dict[str, torch.Tensor]:
         """How heads are filled up to one size, and cut again: the column that each column comes from, by buffer.
