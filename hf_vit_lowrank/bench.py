@@ -25,9 +25,11 @@ from .errors import UserError, reason
 from .evaluation import count_flops, count_parameters, evaluate_classifier, pick_device
 from .images import ImageStream
 from .model_card import evaluation_record, model_card
+from .pivoting import unpivoted
 from .pixels import PixelBatch, pixel_batches
 from .quantised import LIBRARIES, QUANTISERS, check_quantisers, quantise, serialised_bytes
 from .recipe import OURS, PRESETS, CompressionRecipe
+from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
 from .run_folder import RunFolder
 
 DENSE = "dense"
@@ -200,7 +202,7 @@ def _measure(cell: Cell, workshop: _Workshop, batches: PreparedImages) -> dict[s
     except UserError as error:  # this method does not get to this size
         return {"failed": str(error), "final": True}
     plain = result.model if result else workshop.dense.model
-    model = quantise(plain, cell.quantised) if cell.quantised else plain
+    model = _quantised(plain, cell.quantised) if cell.quantised else plain
     start = time.perf_counter()
     report = evaluate_classifier(
         model,
@@ -228,6 +230,12 @@ def _measure(cell: Cell, workshop: _Workshop, batches: PreparedImages) -> dict[s
         "failed": None,
         "final": True,
     }
+
+
+def _quantised(model: LowRankViTForImageClassification, kind: str) -> LowRankViTForImageClassification:
+    if kind == "hqq4":  # 4 bits of pivoted weights would take DeiT-tiny at −40 % from 77 to 65 % top-1
+        model = torch.nn.Module.to(unpivoted(model), model.device)
+    return quantise(model, kind)
 
 
 def _held_back_divergence(report: dict[str, Any]) -> float | None:

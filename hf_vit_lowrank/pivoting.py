@@ -40,7 +40,10 @@ def pivoted(model: LowRankViTForImageClassification) -> LowRankViTForImageClassi
 
 @torch.no_grad()
 def unpivoted(model: LowRankViTForImageClassification) -> LowRankViTForImageClassification:
-    """The way back to whole weights, and to layer norms with a scale and a shift, which then do nothing."""
+    """The way back to whole weights, and to layer norms with a scale and a shift, which then do nothing.
+
+    The values and the output weights of a head share the scale of their product, as weights of few bits want it.
+    """
     layers = model.config.num_hidden_layers
     plain = {"output_pivots": [0] * layers, "projection_pivots": 0, "layer_norm_affine": True}
     whole = LowRankViTForImageClassification(LowRankViTConfig.from_dict({**model.config.to_dict(), **plain})).eval()
@@ -59,6 +62,10 @@ def unpivoted(model: LowRankViTForImageClassification) -> LowRankViTForImageClas
         del state[own + "expand.rest.weight"]
     norms = {name: tensor for name, tensor in whole.state_dict().items() if "norm." in name}  # ones and zeros
     whole.load_state_dict({**norms, **state})
+    wholes: Any = whole.vit.blocks
+    for block, pivots in zip(wholes, model.config.output_pivots, strict=True):
+        if pivots:
+            _balance(block.attention)
     return whole
 
 
@@ -122,6 +129,17 @@ def _pivot_output(state: dict[str, Tensor], own: str, attention: Any, pivots: in
     state[own + "key_value.weight"] = torch.cat((key, torch.block_diag(*inverses) @ value))
     del state[own + "output.weight"]
     state[own + "output.rest.weight"] = torch.cat(changed, 1)[pivots:]
+
+
+def _balance(attention: Any) -> None:
+    """Write every head's product of an output and a value weight anew, by its singular values' roots on both sides."""
+    ranks = attention.value_output_ranks
+    values = attention.key_value.weight[sum(attention.query_key_ranks) :].split(ranks)  # views, which are written to
+    for output, value in zip(attention.output.weight.split(ranks, 1), values, strict=True):
+        space, coordinates = torch.linalg.qr(output.double())
+        left, scales, right = torch.linalg.svd(coordinates @ value.double(), full_matrices=False)
+        output.copy_(space @ left * scales.sqrt())
+        value.copy_(scales.sqrt()[:, None] * right)
 
 
 def _pivot_projection(state: dict[str, Tensor], own: str, embeddings: Any, pivots: int) -> None:

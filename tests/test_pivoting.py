@@ -65,6 +65,18 @@ def test_pivoted_is_the_same_function_in_as_many_parameters_as_planned(plan):
     assert count_parameters(unpivoted(small)) == plan_cost(unpivoted(small).config, "parameters")
 
 
+def test_multiplied_out_values_and_outputs_of_a_head_have_the_same_scale():
+    model = random_model(0.4, **SHAPE)
+    model.vit.blocks[0].attention.output.weight.mul_(100)
+    whole = unpivoted(pivoted(model))
+    torch.testing.assert_close(logits(whole), logits(model), atol=1e-4, rtol=1e-4)
+    for block in whole.vit.blocks:
+        attention, ranks = block.attention, block.attention.value_output_ranks
+        values = attention.key_value.weight[sum(attention.query_key_ranks) :].double().split(ranks)
+        for output, value in zip(attention.output.weight.double().split(ranks, 1), values, strict=True):
+            torch.testing.assert_close(output.mT @ output, value @ value.mT, atol=1e-5, rtol=1e-4)
+
+
 def test_a_narrower_model_is_pivoted_and_exported_at_dense_size():
     model = narrowed(random_model(0.4, **SHAPE, **PLANS["full rank"]), random_basis(16, 11))
     small = pivoted(model)
