@@ -40,7 +40,7 @@ RANK_MULTIPLE = 8
 # Shares of the dense sizes that query-key ranks, value-output ranks and widths of a real plan are spread over.
 SPREADS = {"query_key_ranks": (0.1, 0.6), "value_output_ranks": (0.3, 1.0), "mlp_widths": (0.15, 0.8)}
 WARM_UP = 2
-LOADS = 5
+LOADS = 15
 
 
 @dataclass(frozen=True)
