@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 from transformers import ViTImageProcessor
 
 from hf_vit_lowrank.augmentation import KEPT_SIZE, RandomViews
@@ -230,6 +232,21 @@ def test_distillation_that_only_harms_leaves_the_start(calibrated, trained):
     assert not result.report["distillation"]["kept"]
     start = trained.model.state_dict()
     assert all(torch.equal(tensor, start[name]) for name, tensor in result.model.state_dict().items())
+
+
+@pytest.mark.parametrize(("nearest", "expected"), [(0.6, 0.5), (2.0, 1.0), (-1.0, 0.25)])
+def test_of_the_way_to_distilled_weights_the_best_share_is_gone(nearest, expected, monkeypatch):
+    start, end = nn.Linear(3, 2), nn.Linear(3, 2)
+    before, after = (copy.deepcopy(one.state_dict()) for one in (start, end))
+
+    def divergence(_, model):
+        share = ((model.weight - before["weight"]) / (after["weight"] - before["weight"])).mean().item()
+        return math.nan if share > 0.9 and nearest < 1 else abs(share - nearest)
+
+    monkeypatch.setattr(steps, "held_back_divergence", divergence)
+    share, distance = steps._nearest_on_the_way(None, end, before)
+    assert (share, distance) == (expected, pytest.approx(abs(expected - nearest), abs=1e-5))
+    torch.testing.assert_close(end.weight.detach(), before["weight"].lerp(after["weight"], expected))
 
 
 def test_distillation_that_ends_in_no_numbers_is_still_a_record(calibrated, caplog):
