@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 def features_of(data: Dataset | IterableDataset) -> Features:
     features = data.features
     if features is None:  # a stream whose files do not declare their columns: look at the first rows
-        features = data._resolvefeatures_of().features
+        features = data._resolve_features().features
     return features or Features()
 
 

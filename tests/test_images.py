@@ -237,6 +237,18 @@ def test_stream_that_breaks_off_is_a_failed_run(monkeypatch):
         list(open_images("owner/name", seed=None))
 
 
+def test_stream_that_does_not_declare_its_columns_is_looked_into(monkeypatch):
+    def rows():
+        for shade in range(3):
+            yield {"image": {"bytes": picture(shade), "path": "a.png"}, "label": shade}
+
+    data = datasets.IterableDataset.from_generator(rows)
+    assert data.features is None
+    monkeypatch.setattr(image_sources, "load_dataset", lambda *_, **__: datasets.IterableDatasetDict(train=data))
+    stream = open_images("owner/name", seed=None)
+    assert [(item.image.getpixel((0, 0))[0], item.label) for item in stream] == [(0, 0), (1, 1), (2, 2)]
+
+
 def test_columns_are_found_or_named(tmp_path):
     both = dataset(2, column="photo").add_column("image", ["a", "b"]).add_column("other", [3, 4])
     both.save_to_disk(tmp_path / "both")
