@@ -13,11 +13,9 @@ from .errors import UserError
 logger = logging.getLogger(__name__)
 
 
-def features_of(data: Dataset | IterableDataset) -> Features:
-    features = data.features
-    if features is None:  # a stream whose files do not declare their columns: look at the first rows
-        features = data._resolve_features().features
-    return features or Features()
+def declared(data: Dataset | IterableDataset) -> Any:
+    """The same data with known columns: where a stream's files do not declare theirs, those of its first rows."""
+    return data._resolve_features() if data.features is None else data
 
 
 def find_image_column(features: Features, wanted: str | None, location: str) -> str:

@@ -11,13 +11,13 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import ClassLabel, Dataset, IterableDataset
+from datasets import ClassLabel, Dataset, Features, IterableDataset
 from datasets import Image as ImageFeature
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
 
 from .errors import RunError, UserError, reason
-from .image_columns import features_of, find_image_column, find_label_column
+from .image_columns import declared, find_image_column, find_label_column
 from .image_decoding import UnreadableImageError, decode_image, encoded_image, name_of
 from .image_sources import location_and_split, no_images, open_source, pick_split
 
@@ -190,8 +190,8 @@ def open_images(
     location, split = location_and_split(str(location), split)
     source = open_source(location, config, for_calibration=seed is not None)
     name = pick_split(source.splits, split, location, prefer_train=seed is not None)
-    data = source.open(name)
-    features = features_of(data)
+    data = declared(source.open(name))
+    features = data.features or Features()
     image_column = find_image_column(features, image_column, location)
     label_column = find_label_column(features, label_column, location)
     label = features[label_column] if label_column else None
