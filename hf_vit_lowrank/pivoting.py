@@ -51,9 +51,7 @@ def unpivoted(model: LowRankViTForImageClassification) -> LowRankViTForImageClas
     blocks: Any = model.vit.blocks
     for layer, block in enumerate(blocks):
         if isinstance(block.attention.output, PivotedLinear):
-            own = f"vit.blocks.{layer}.attention.output."
-            state[own + "weight"] = block.attention.output.whole_weight()
-            del state[own + "rest.weight"]
+            _unpivot_output(state, f"vit.blocks.{layer}.attention.", block.attention)
     expand, own = model.vit.embeddings.expand, "vit.embeddings."
     if expand is not None:
         state[own + "projection.reduce.weight"] = state.pop(own + "projection.weight")
@@ -62,10 +60,6 @@ def unpivoted(model: LowRankViTForImageClassification) -> LowRankViTForImageClas
         del state[own + "expand.rest.weight"]
     norms = {name: tensor for name, tensor in whole.state_dict().items() if "norm." in name}  # ones and zeros
     whole.load_state_dict({**norms, **state})
-    wholes: Any = whole.vit.blocks
-    for block, pivots in zip(wholes, model.config.output_pivots, strict=True):
-        if pivots:
-            _balance(block.attention)
     return whole
 
 
@@ -131,15 +125,20 @@ def _pivot_output(state: dict[str, Tensor], own: str, attention: Any, pivots: in
     state[own + "output.rest.weight"] = torch.cat(changed, 1)[pivots:]
 
 
-def _balance(attention: Any) -> None:
-    """Write every head's product of an output and a value weight anew, by its singular values' roots on both sides."""
+def _unpivot_output(state: dict[str, Tensor], own: str, attention: Any) -> None:
+    """The way back, every head's product written by the roots of its singular values on both sides."""
     ranks = attention.value_output_ranks
-    values = attention.key_value.weight[sum(attention.query_key_ranks) :].split(ranks)  # views, which are written to
-    for output, value in zip(attention.output.weight.split(ranks, 1), values, strict=True):
-        space, coordinates = torch.linalg.qr(output.double())
-        left, scales, right = torch.linalg.svd(coordinates @ value.double(), full_matrices=False)
-        output.copy_(space @ left * scales.sqrt())
-        value.copy_(scales.sqrt()[:, None] * right)
+    key, value = attention.key_value.weight.cpu().double().split([sum(attention.query_key_ranks), sum(ranks)])
+    outputs, values = [], []
+    weights = zip(attention.output.whole_weight().cpu().double().split(ranks, 1), value.split(ranks), strict=True)
+    for output_weight, value_weight in weights:
+        space, coordinates = torch.linalg.qr(output_weight)
+        left, scales, right = torch.linalg.svd(coordinates @ value_weight, full_matrices=False)
+        outputs.append(space @ left * scales.sqrt())
+        values.append(scales.sqrt()[:, None] * right)
+    state[own + "key_value.weight"] = torch.cat((key, *values))
+    state[own + "output.weight"] = torch.cat(outputs, 1)
+    del state[own + "output.rest.weight"]
 
 
 def _pivot_projection(state: dict[str, Tensor], own: str, embeddings: Any, pivots: int) -> None:
