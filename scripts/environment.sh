@@ -1,6 +1,9 @@
 # Sourced by demo.sh and test.sh, from the repository root.
 
 PYTHON=${PYTHON:-python3}
+# A module is compiled when it is first imported, and the result is kept: to compile all of them on installing takes as
+# long as the installation.
+unset PYTHONDONTWRITEBYTECODE
 
 # make_environment FOLDER REQUIREMENT…: a virtual environment, made anew only when what belongs in it has changed,
 # so that a second run needs no network.
@@ -16,7 +19,7 @@ make_environment() {
         echo "Making the environment $folder (some minutes)"
         rm -rf "$folder"
         "$PYTHON" -m venv "$folder"
-        "$folder/bin/python" -m pip install -qq --constraint constraints.txt "$@"
+        "$folder/bin/python" -m pip install -qq --no-compile --constraint constraints.txt "$@"
         echo "$stamp" >"$folder/stamp"
     fi
 }
