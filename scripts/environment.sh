@@ -1,4 +1,4 @@
-# Sourced by demo.sh and test.sh, from the repository root.
+# Sourced by demo.sh, test.sh and imagenet.sh, from the repository root.
 
 PYTHON=${PYTHON:-python3}
 # A module is compiled when it is first imported, and the result is kept: to compile all of them on installing takes as
