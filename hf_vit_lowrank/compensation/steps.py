@@ -214,15 +214,16 @@ def _distill(
 
         curve = with_smaller_batches("Distillation", train, calibrated.distilled_at_once or recipe.batch_size)
     share, after = _nearest_on_the_way(calibrated, model, start)
-    if not after < before:
+    kept = after < before
+    if not kept:
         model.load_state_dict(start)
     if not all(math.isfinite(divergence) for _, divergence in curve):
         logger.warning("distillation came to numbers that are not finite: its rate %g is too high", recipe.distill_lr)
     return {
         "before": before,
         "after": json_number(after),
-        "kept": after < before,
-        "share": share,
+        "kept": kept,
+        "share": share if kept else 0.0,
         "curve": [(seen, json_number(divergence)) for seen, divergence in curve],
     }
 
