@@ -137,14 +137,15 @@ def _train_blocks(
         logger.warning("training made no block better on held-back images: all stay as they were refitted")
     confidences = [_match_confidence(calibrated, one) for one in (model, trained)]
     before, after = (held_back_divergence(calibrated, one) for one in (model, trained))
-    if after < before:
+    kept = after < before
+    if kept:
         model.load_state_dict(trained.state_dict())
     return {
         "before": before,
         "after": json_number(after),
-        "kept": after < before,
+        "kept": kept,
         "blocks": [{**asdict(record), "after": json_number(record.after)} for record in records],
-        "confidence": confidences[after < before],
+        "confidence": confidences[kept],
     }
 
 
