@@ -83,7 +83,7 @@ def _set_up_output(quiet: bool) -> None:
     import huggingface_hub
     import transformers
 
-    from . import progress
+    from . import auto_classes, progress  # noqa: F401
 
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))

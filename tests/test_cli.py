@@ -22,9 +22,9 @@ from hf_vit_lowrank.cli import app
 from hf_vit_lowrank.errors import UserError
 
 
-def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "hf_vit_lowrank", *map(str, arguments)]
-    environment = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1"}
+def run(*arguments: object, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [Path(sys.executable).with_name("hf-vit-lowrank"), *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1", **variables}
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False, timeout=300)
 
 
@@ -136,6 +136,16 @@ def test_help_has_an_example(command):
     done = call(*command.split(), "--help")
     assert done.returncode == 0
     assert f"hf-vit-lowrank {command}" in done.stdout
+
+
+def test_help_completion_and_a_mistyped_option_do_not_wait_for_torch(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
+    without_torch = {"PYTHONPATH": str(tmp_path)}
+    assert "torch was imported" in run("recipe", "show", "a.yaml", **without_torch).stderr
+    assert "Example" in run("compress", "--help", **without_torch).stdout
+    assert "--nope" in sentence(run("plan", "model", "--nope", **without_torch))
+    completion = {"_HF_VIT_LOWRANK_COMPLETE": "complete_bash", "COMP_WORDS": "hf-vit-lowrank swe", "COMP_CWORD": "1"}
+    assert run(**completion, **without_torch).stdout.strip() == "sweep"
 
 
 def test_what_is_typed_goes_before_the_recipe_file(digits_model, digits_data, tmp_path):
