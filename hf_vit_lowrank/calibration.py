@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import zip_longest
@@ -39,6 +37,7 @@ from .record import source_record, versions
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
 from .run_folder import RunFolder
 from .statistics import BlockStatistics, Moments, collect_statistics
+from .timing import timed
 
 # Share of the calibration images held back: to measure agreement on, and to decide what training may keep.
 AGREEMENT_SHARE = 0.2
@@ -148,7 +147,6 @@ class Calibrated:
     def candidates(self) -> Sequence[BlockCandidates]:
         """Error curves and what they come from, one per block; on disk where memory is limited."""
         layers = range(self.dense.model.config.num_hidden_layers)
-        _ = self.statistics  # which take their own time
         with timed(self.seconds, "candidates"):
             if self.group is None:
                 own = processes.share(layers)
@@ -383,11 +381,3 @@ def stream_logits(model: LowRankViTForImageClassification, stream: Sequence[Tens
             tokens, _ = block(tokens)
         logits.append(model.classify(model.vit.norm(tokens))[0].cpu().double())
     return torch.cat(logits) if logits else torch.empty(0, model.config.num_labels or 0, dtype=torch.float64)
-
-
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Add the time that the block takes to a stage."""
-    start = time.perf_counter()
-    yield
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import processes
 from .budget import recipe_limit, recipe_ranks
-from .calibration import AGREEMENT_SHARE, NOWHERE, Calibrated, calibrate, held_back_agreement, timed, training_share
+from .calibration import AGREEMENT_SHARE, NOWHERE, Calibrated, calibrate, held_back_agreement, training_share
 from .charts import plan_chart
 from .checkpoint import save_checkpoint
 from .compensation.gradient import EPOCHS
@@ -35,6 +35,7 @@ from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
 from .run_folder import RunFolder
 from .surgery import shrink
+from .timing import timed
 
 logger = logging.getLogger(__name__)
 
@@ -257,8 +258,11 @@ def _smallest_agreeing(calibrated: Calibrated, recipe: CompressionRecipe, run: R
 
     def attempt(reduction: float) -> tuple[CompressionResult, float]:
         size = replace(recipe, reduction=reduction, min_agreement=None)
-        with timed(seconds, "trials"):
-            trial = build(calibrated, size, run=run.part(f"reduction-{reduction}"))
+        trial = build(calibrated, size, run=run.part(f"reduction-{reduction}"))
+        for stage, taken in trial.report["seconds"].items():
+            if stage not in calibrated.seconds:
+                seconds[stage] = seconds.get(stage, 0.0) + taken
+        with timed(seconds, "agreement"):
             agreement = held_back_agreement(calibrated, trial.model)
         trials.append({"reduction": reduction, "agreement": agreement})
         return trial, agreement

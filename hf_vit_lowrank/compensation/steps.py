@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import processes
-from ..calibration import Calibrated, held_back_confidence, held_back_divergence, label_classes, timed
+from ..calibration import Calibrated, held_back_confidence, held_back_divergence, label_classes
 from ..embeddings import embedded_by, embedding_change
 from ..errors import UserError
 from ..out_of_memory import with_smaller_batches
@@ -25,6 +25,7 @@ from ..recipe import OURS, TRAINED, VIEWS, CompressionRecipe
 from ..record import json_number
 from ..remote.modeling_lowrank_vit import LowRankViTForImageClassification
 from ..run_folder import RunFolder
+from ..timing import timed
 from .closed_form import BlockDrift, compensate_closed_form
 from .distill import distill
 from .drift import block_drifts
