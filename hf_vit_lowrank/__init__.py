@@ -7,8 +7,10 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-# The command line imports what a command needs: help, completion and a mistyped option need not wait for torch.
-if [Path(program).name.removesuffix(".exe") for program in sys.argv[:1]] != ["hf-vit-lowrank"]:
+# The command line imports what a command needs: help, completion and a mistyped option need not wait for torch. While
+# Python looks for the module that `python -m` is to run, "-m" stands in the place of its name.
+_program = Path(sys.argv[0]).name.removesuffix(".exe") if sys.argv else ""
+if _program not in ("hf-vit-lowrank", "-m"):
     from . import auto_classes  # noqa: F401
     from .compress import CompressionResult, compress
     from .recipe import CompressionRecipe

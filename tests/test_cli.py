@@ -21,11 +21,18 @@ from typer.testing import CliRunner
 from hf_vit_lowrank.cli import app
 from hf_vit_lowrank.errors import UserError
 
+INSTALLED = [str(Path(sys.executable).with_name("hf-vit-lowrank"))]
+AS_A_MODULE = [sys.executable, "-m", "hf_vit_lowrank"]
 
-def run(*arguments: object, cwd: Path | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
-    command = [Path(sys.executable).with_name("hf-vit-lowrank"), *map(str, arguments)]
+
+def run(
+    *arguments: object, program: list[str] = INSTALLED, cwd: Path | None = None, **variables: str
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1", **variables}
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, check=False, timeout=300)
+    return subprocess.run(
+        [*program, *map(str, arguments)],
+        capture_output=True, text=True, cwd=cwd, env=environment, check=False, timeout=300,
+    )  # fmt: skip
 
 
 def call(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -142,7 +149,8 @@ def test_help_completion_and_a_mistyped_option_do_not_wait_for_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('torch was imported')")
     without_torch = {"PYTHONPATH": str(tmp_path)}
     assert "torch was imported" in run("recipe", "show", "a.yaml", **without_torch).stderr
-    assert "Example" in run("compress", "--help", **without_torch).stdout
+    for program in (INSTALLED, AS_A_MODULE):
+        assert "Example" in run("compress", "--help", program=program, **without_torch).stdout
     assert "--nope" in sentence(run("plan", "model", "--nope", **without_torch))
     completion = {"_HF_VIT_LOWRANK_COMPLETE": "complete_bash", "COMP_WORDS": "hf-vit-lowrank swe", "COMP_CWORD": "1"}
     assert run(**completion, **without_torch).stdout.strip() == "sweep"
@@ -252,7 +260,7 @@ def test_missing_calibration_is_one_sentence(digits_model, tmp_path):
 def test_fault_15_a_killed_run_goes_on_and_is_not_mixed_with_another(digits_model, digits_data, tmp_path):
     output, run_folder = tmp_path / "out", tmp_path / ".out.run"
     command = ["compress", digits_model, "--calibration", digits_data.calibration, "--samples", 256, "--output", output]
-    process = subprocess.Popen([sys.executable, "-m", "hf_vit_lowrank", *map(str, command), "--reduction", "0.5"])
+    process = subprocess.Popen([*AS_A_MODULE, *map(str, command), "--reduction", "0.5"])
     while process.poll() is None and not (run_folder / "statistics.pt").exists():
         time.sleep(0.002)
     process.kill()
