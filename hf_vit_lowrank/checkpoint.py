@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,14 +48,19 @@ def check_target(folder: str | Path, weight_bytes: int, *, overwrite: bool = Fal
     back.
 
     Raises:
-        UserError: it is a file or lies below one; nothing may be written beside it; it is not empty (without
-            `overwrite`); it holds files that are no part of a checkpoint of this package (with `overwrite`: they are
-            never deleted); the disk has too little room.
+        UserError: it is a file or lies below one; it cannot be replaced by a new folder, being a mount point or the
+            folder this runs in; nothing may be written beside it; it is not empty (without `overwrite`); it holds files
+            that are no part of a checkpoint of this package (with `overwrite`: they are never deleted); the disk has
+            too little room.
     """
     target = Path(folder).resolve()
     beside = next(parent for parent in target.parents if parent.exists())
     if not beside.is_dir() or (target.exists() and not target.is_dir()):
         raise UserError(f"'{folder}' is a file, or lies below one: choose another folder for the checkpoint.")
+    if os.path.ismount(target) or Path.cwd().is_relative_to(target):
+        raise UserError(
+            f"'{folder}' is a mount point, or the folder you are in, and cannot be replaced: name a folder in it."
+        )
     require_writable(beside)
     _recover(target)
     if target.is_dir() and any(target.iterdir()):
@@ -148,6 +154,17 @@ def intact_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+def small_record(folder: Path) -> dict[str, Any]:
+    """As `intact_record`, of a checkpoint that is small: of its dense form sizes, ranks and work say nothing.
+
+    Raises UserError.
+    """
+    record = intact_record(folder)
+    if record.get("exported") == "dense":
+        raise UserError(f"'{folder}' is the dense form of a checkpoint: name that checkpoint, whose record it is.")
+    return record
+
+
 def changed_files(folder: Path, record: dict[str, Any]) -> Iterator[str]:
     """A sentence for each file that is missing or not as it was saved; README.md may have been edited."""
     for name, digest in record["files"].items():
@@ -159,7 +176,7 @@ def changed_files(folder: Path, record: dict[str, Any]) -> Iterator[str]:
 
 def unedited_card(folder: Path) -> dict[str, Any]:
     """The record of an intact checkpoint whose README.md is as it was saved. Raises UserError for any other."""
-    record = intact_record(folder)
+    record = small_record(folder)
     if file_sha256(folder / CARD) != record["files"].get(CARD):
         raise UserError(f"{CARD} of '{folder}' has been edited and would be lost: move it away, or write it by hand.")
     return record

@@ -156,7 +156,7 @@ def compress(
     processes.join()
     if not processes.is_main():
         progress.quiet()
-    if restart and processes.is_main():
+    if processes.is_main() and (restart or not run.is_begun()):
         run.remove()
     limit = parse_bytes(memory_limit) if memory_limit else None
     try:
@@ -214,6 +214,7 @@ def sweep(
     dataset: opt.OptionalDataset = None,
     dataset_split: opt.DatasetSplit = None,
     dataset_config: opt.DatasetConfig = None,
+    dataset_image_column: opt.DatasetImageColumn = None,
     label_column: opt.LabelColumn = None,
     data: opt.ImageOptions,
     preset: opt.Preset = OURS,
@@ -235,9 +236,15 @@ def sweep(
     check_file(reporting.json)
     refuse_source(output, source)
     check_folder(output, overwrite)
-    images = open_images(calibration, **vars(data), samples=recipe.samples, seed=recipe.seed)
+    learned_from = label_column if recipe.labels else None
+    images = open_images(calibration, **vars(data), label_column=learned_from, samples=recipe.samples, seed=recipe.seed)
     measured = dataset and open_images(
-        dataset, config=dataset_config, split=dataset_split, label_column=label_column, seed=None
+        dataset,
+        config=dataset_config,
+        split=dataset_split,
+        image_column=dataset_image_column,
+        label_column=label_column,
+        seed=None,
     )
     rows = run(source, images, sizes, recipe, dataset=measured or None, output=output, **vars(loading))
     reporting.give(rows, lambda: tables.show_sweep(rows, output))

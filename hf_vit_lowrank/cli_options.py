@@ -55,6 +55,7 @@ OptionalDataset = Annotated[
     str | None, option("Images with labels to measure on (default: agreement only, on held-back images).", **IMAGES)
 ]
 DatasetSplit = Annotated[str | None, option("Split of --dataset.", **IMAGES)]
+DatasetImageColumn = Annotated[str | None, option("Column with the images of --dataset.", **IMAGES)]
 DatasetConfig = Annotated[str | None, option("Configuration of --dataset.", **IMAGES)]
 
 Cost = Annotated[str, option("What the budget counts and ranks compete for.", metavar="|".join(COSTS))]

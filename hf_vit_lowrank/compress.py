@@ -41,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 # The step that the search for --min-agreement ends at.
 SMALLEST_STEP = 0.01
+# Probing takes as long as that many refits (DeiT-tiny).
+PROBING = 9
 
 
 @dataclass(frozen=True)
@@ -176,14 +178,16 @@ def plan(
 def _expected(recipe: CompressionRecipe, small: float, seconds: Mapping[str, float]) -> dict[str, float]:
     """Seconds of what a plan leaves out, by stage; small: FLOPs of the smaller model as a share of the dense one's.
 
-    Statistics take as long as 3.5 forward passes, refits hardly less. Training is three passes of the smaller model
-    over the images and their views, half of that where it sees some tokens only, for which the dense model is asked
-    once: once in all, or once a view.
+    Statistics take as long as 3.5 forward passes, refits hardly less, probing as long as PROBING refits. Training is
+    three passes of the smaller model over the images and their views, half of that where it sees some tokens only, for
+    which the dense model is asked once: once in all, or once a view.
     """
     forward = seconds["statistics"] / 3.5
     expected = {"surgery": seconds["candidates"]}
     if recipe.compensation != "none":
         expected["closed form"] = seconds["statistics"]
+    if recipe.probe:
+        expected["probes"] = PROBING * seconds["statistics"]
     if recipe.compensation in TRAINED:
         expected["training block by block"] = (1 + VIEWS) * (1 + 1.5 * EPOCHS * small) * forward
     if recipe.compensation == "distill":

@@ -88,13 +88,13 @@ def _enlarged(digit: np.ndarray) -> Image.Image:
 
 
 def write_digits_data(folder: Path) -> tuple[Path, Path]:
-    """Write the two parts as train.parquet and test.parquet into a folder; gives the two paths."""
+    """Write the two parts as train.parquet and test.parquet into a folder, but for what is there; gives both paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "train.parquet", folder / "test.parquet"
-    if not all(path.exists() for path in paths):
-        for path, part in zip(paths, digits_data().values(), strict=True):
+    for path, part in zip(paths, ("train", "test"), strict=True):
+        if not path.exists():
             temporary = path.with_suffix(".tmp")
-            part.to_parquet(temporary)
+            digits_data()[part].to_parquet(temporary)
             temporary.replace(path)
     return paths
 
@@ -103,10 +103,16 @@ def train_digits_model(folder: Path, training: DigitsTraining | None = None) -> 
     """Train a ViTForImageClassification on the digits and save it, with its image processor, as a Hugging Face folder.
 
     A folder that an earlier call with the same settings has made is kept as it is. Gives the folder.
+
+    Raises:
+        UserError: there is something else than such a model.
     """
     training = training or DigitsTraining()
-    if _settings_of(folder) == asdict(training):
+    settings = _settings_of(folder)
+    if settings == asdict(training):
         return folder
+    if settings is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"'{folder}' is no model of digits and would be lost: choose another folder, or move it away.")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         new = Path(temporary, "model")

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _SECRETS = (
-    (re.compile(r"hf_(?:oauth_|jwt_)?[A-Za-z0-9]{8,}"), "(token)"),  # tokens of the hub
+    (re.compile(r"(?<![A-Za-z0-9])hf_(?:oauth_|jwt_)?[A-Za-z0-9]{30,}"), "(token)"),  # tokens of the hub
     (re.compile(r"(?i)(bearer )\S+"), r"\1…"),
     (re.compile(r"(://)[^/@\s]+@"), r"\1…@"),  # user and password of an address
     (re.compile(r"(://[^\s?'\"]+\?)[^\s'\"]+"), r"\1…"),  # what signs an address

@@ -18,10 +18,11 @@ from .checkpoint import PREPROCESSOR, check_target, find_record, save_checkpoint
 from .dense_layout import to_transformers, why_not_uniform
 from .embeddings import whole_positions, whole_projection
 from .errors import RunError, UserError, as_user_error, reason
-from .evaluation import count_parameters, load_classifier
+from .evaluation import count_flops, count_parameters, load_classifier
 from .model_card import model_card
 from .narrowing import widened
 from .pivoting import unpivoted
+from .rank_plan import plan_cost
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
 
@@ -72,7 +73,8 @@ def export_native(folder: str | Path, output: str | Path, *, overwrite: bool = F
         raise UserError(
             f"'{folder}' does not fit transformers' own classes: {why_not}; use --dense, or compress with --native."
         )
-    return _saved(to_transformers(unpivoted(model)), image_processor, folder, output, "native", overwrite)
+    native = to_transformers(unpivoted(model))
+    return _saved(native, image_processor, folder, output, "native", _dense_flops(model.config), overwrite)
 
 
 def export_dense(folder: str | Path, output: str | Path, *, overwrite: bool = False) -> PreTrainedModel:
@@ -83,7 +85,8 @@ def export_dense(folder: str | Path, output: str | Path, *, overwrite: bool = Fa
         RunError: writing failed.
     """
     model, image_processor = _opened(folder, output, overwrite)
-    return _saved(to_transformers(densified(model)), image_processor, folder, output, "dense", overwrite)
+    dense = to_transformers(densified(model))
+    return _saved(dense, image_processor, folder, output, "dense", _dense_flops(model.config), overwrite)
 
 
 @torch.no_grad()
@@ -231,12 +234,27 @@ def _opened(folder: str | Path, output: str | Path, overwrite: bool) -> tuple[Lo
     return model, image_processor
 
 
+def _dense_flops(config: LowRankViTConfig) -> int:
+    """Of the dense model as transformers computes it."""
+    whole_stream = {"hidden_size": config.dense_hidden_size, "output_pivots": None, "projection_pivots": 0}
+    return plan_cost(_full_config(LowRankViTConfig.from_dict({**config.to_dict(), **whole_stream})), "flops", True)
+
+
 def _saved(
-    model: PreTrainedModel, image_processor: Any, folder: str | Path, output: str | Path, form: str, overwrite: bool
+    model: PreTrainedModel,
+    image_processor: Any,
+    folder: str | Path,
+    output: str | Path,
+    form: str,
+    dense_flops: int,
+    overwrite: bool,
 ) -> PreTrainedModel:
     source = Path(folder)
     record = {key: value for key, value in (find_record(source) or {}).items() if key != "files"}
-    record |= {"exported": form, "remote_code": False, "parameters": count_parameters(model)}
+    sizes = {"parameters": count_parameters(model), "flops": count_flops(model), "dense_flops": dense_flops}
+    record |= {"exported": form, "remote_code": False, **sizes}
+    if "source" in record:
+        record["reduction"] = 1 - sizes["parameters"] / record["source"]["parameters"]
     preprocessor = source / PREPROCESSOR
     save_checkpoint(
         model,
@@ -302,7 +320,7 @@ def _onnx_program(model: PreTrainedModel) -> Any:
     pixels = torch.zeros(2, model.config.num_channels, *pair(model.config.image_size))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about itself
-        return torch.onnx.export(
+        program: Any = torch.onnx.export(
             _Logits(model).eval(),
             (pixels,),
             input_names=["pixel_values"],
@@ -311,3 +329,7 @@ def _onnx_program(model: PreTrainedModel) -> Any:
             dynamo=True,
             verbose=False,
         )
+    for graph in (program.model.graph, *program.model.functions.values()):
+        for node in graph.all_nodes():
+            node.metadata_props.clear()  # stack traces, with the folders of this machine
+    return program

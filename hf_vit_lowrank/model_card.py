@@ -139,7 +139,7 @@ def _method(record: dict[str, Any]) -> list[str]:
         else Markup(f"The method is the preset {_code(preset)}, which is there to compare with.")
     )
     stream = stream_left(record.get("plan", {}))
-    refits = compensation != "none" and preset == OURS
+    refits, fitted = compensation != "none" and preset == OURS, preset == "paper"
     sentences = [
         (True, made),
         (
@@ -155,13 +155,14 @@ def _method(record: dict[str, Any]) -> list[str]:
             "The weights that remain were refitted in closed form, block by block, so that the tokens meet those of "
             "the dense model.",
         ),
+        (fitted, "Its second tensors were fitted by gradient, each to the output error of its layer."),
         (by_blocks, "Its blocks were then trained one by one towards the dense ones."),
         (
             whole,
             f"The whole was then trained on the dense model's outputs, {'and' if recipe.get('labels') else 'without'} "
             "labels.",
         ),
-        (not by_blocks and not whole, f"Nothing {'else ' * (stream is not None)}was trained{undone}."),
+        (not by_blocks and not whole, f"Nothing {'else ' * (stream is not None or fitted)}was trained{undone}."),
     ]
     return [sentence for said, sentence in sentences if said]
 
@@ -282,7 +283,7 @@ def _command_line(record: dict[str, Any]) -> Markup | None:
     source, calibration, recipe = record["source"], record.get("calibration", {}), record.get("recipe", {})
     preset = recipe.get("preset", OURS)
     default = {**CompressionRecipe(reduction=0.0, preset=preset).to_dict(), "reduction": None, "preset": OURS}
-    images = {name: calibration.get(name) for name in ("config", "split", "image_column")}
+    images = {name: calibration.get(name) for name in image_options(recipe)}
     chosen = {name: value for name, value in recipe.items() if value != default.get(name)}
     chosen = {**images, **chosen, "revision": source.get("revision"), "output": "compressed"}
     words = ["hf-vit-lowrank", "compress", _shown_source(source), "--calibration", _shown(calibration, "IMAGES")]
@@ -291,6 +292,11 @@ def _command_line(record: dict[str, Any]) -> Markup | None:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     command = shlex.join(words)
     return None if "\n" in command else Markup(command)
+
+
+def image_options(recipe: dict[str, Any]) -> tuple[str, ...]:
+    """The options of a command that say which images a recipe was carried out on."""
+    return ("config", "split", "image_column", *(["label_column"] if recipe.get("labels") else []))
 
 
 def _shown_source(source: dict[str, Any]) -> str:
@@ -322,7 +328,8 @@ def _code(text: str) -> Markup:
 
 def short_name(location: str) -> str:
     """The last part of a path or id."""
-    return location.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1] or location
+    name = location.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
+    return Path(location).resolve().name if name in (".", "..") else name or location
 
 
 def _millions(count: int) -> str:

@@ -26,6 +26,7 @@ VIEWS = 5
 TARGETS = ("reduction", "max_parameters", "match", "min_agreement")
 _TYPE_NAMES = {float: "a number", int: "a whole number", str: "text", bool: "true or false"}
 _HUB_ID = re.compile(r"\w[\w-]*(\.[\w-]+)*(/\w[\w-]*(\.[\w-]+)*)?", re.ASCII)
+_EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,9 @@ def read_recipe_file(file: str | Path) -> dict[str, Any]:
         raise UserError(
             f"The recipe file '{file}' may name only a model of the hub in match, not '{match}': use --match."
         )
-    return values
+    # PyYAML takes 1e-4 for text.
+    texts = {name: value for name, value in values.items() if isinstance(value, str)}
+    return values | {name: float(text) for name, text in texts.items() if _EXPONENT.fullmatch(text)}
 
 
 def _shown(value: Any) -> str:

@@ -15,11 +15,11 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
-from .checkpoint import intact_record
+from .checkpoint import small_record
 from .errors import as_user_error
 from .evaluation import evaluate_classifier, load_classifier
 from .images import ImageStream
-from .model_card import without_folders
+from .model_card import image_options, without_folders
 from .rank_plan import stream_left
 from .recipe import CompressionRecipe
 
@@ -33,8 +33,9 @@ _DECADES = 6  # at most this many lines across a chart
 
 
 def read_checkpoint(folder: str | Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """compression.json and config.json of a checkpoint folder. Raises UserError where it is none, or was altered."""
-    record = intact_record(Path(folder))
+    """compression.json and config.json of a checkpoint folder. Raises UserError where it is none, was altered or is the
+    dense form of another."""
+    record = small_record(Path(folder))
     with as_user_error(f"The config.json of '{folder}' cannot be read"):
         return record, json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
 
@@ -299,7 +300,7 @@ def _command(record: dict[str, Any], recipe: CompressionRecipe) -> str:
     """The command line that makes the checkpoint again, for a POSIX shell."""
     source, calibration = record["source"], record["calibration"]
     options: dict[str, Any] = {"revision": source.get("revision"), "calibration": calibration["location"]}
-    options |= {name: calibration.get(name) for name in ("config", "split", "image_column")}
+    options |= {name: calibration.get(name) for name in image_options(recipe.to_dict())}
     defaults = {field.name: field.default for field in fields(CompressionRecipe)}
     options |= {name: value for name, value in recipe.to_dict().items() if value != defaults[name]}
     words = ["hf-vit-lowrank", "compress", source["location"]]

@@ -162,7 +162,7 @@ def _notes(report: dict[str, Any]) -> list[str]:
 
 
 def _console() -> Console:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)  # names may have brackets
     if not console.is_terminal:  # a log or a file: no wrapping at 80
         console.width = max(console.width, 120)
     return console

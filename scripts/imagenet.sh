@@ -39,6 +39,7 @@ while [ $# -gt 0 ]; do
         declare "${1#--}=$2"
         shift
         ;;
+    --output=* | --models=*) declare "${1#--}" ;;
     --smoke) smoke=1 ;;
     *) options+=("$1") ;;
     esac
@@ -46,13 +47,17 @@ while [ $# -gt 0 ]; do
 done
 
 case $output in /*) ;; *) output=$PWD/$output ;; esac
+start=$PWD
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 if ! "$PYTHON" -c 'import importlib.metadata; importlib.metadata.version("hf-vit-lowrank")' 2>/dev/null; then
     make_environment .venv-bench --editable '.[bench]'
-    PYTHON=.venv-bench/bin/python
+    PYTHON=$PWD/.venv-bench/bin/python
 fi
+bench=$PWD/scripts/bench_accuracy.py
+cd "$start" # where the folders of the options are
 
+read -ra sources <<<"$models"
 calibration=imagenet-1k:train
 dataset=imagenet-1k:validation
 if [ -n "$smoke" ]; then
@@ -64,14 +69,14 @@ folder = Path(sys.argv[1])
 write_digits_data(folder / "data")
 train_digits_model(folder / "model", SMALL)
 CODE
-    models=$output/digits/model
+    sources=("$output/digits/model")
     calibration=$output/digits/data/train.parquet
     dataset=$output/digits/data/test.parquet
     options=(--smoke --sizes 0.6,0.8 --methods svd,svd-llm,mixed-rank/none,mixed-rank/closed-form ${options[@]+"${options[@]}"})
 fi
 
-for model in $models; do
+for model in "${sources[@]}"; do
     echo "== $model"
-    "$PYTHON" scripts/bench_accuracy.py "$model" --calibration "$calibration" --dataset "$dataset" \
+    "$PYTHON" "$bench" "$model" --calibration "$calibration" --dataset "$dataset" \
         --samples 1024 --output "$output/$(basename "$model")" ${options[@]+"${options[@]}"}
 done

@@ -20,7 +20,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-WRITE, READ = "hf_writeSecretSecretSecret", "hf_readSecretSecretSecret"
+WRITE, READ = "hf_writeSecretSecretSecretSecretSecret", "hf_readSecretSecretSecretSecretSecret"
 # What the real hub keeps out of git's own storage.
 LARGE = (".safetensors", ".png")
 

@@ -326,6 +326,21 @@ def test_help_of_imagenet_needs_nothing():
     assert "--smoke" in shown.stdout
 
 
+def test_imagenet_takes_options_in_either_form_and_folders_from_where_it_is_called(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/bash\n[ "$1" = -c ] || { echo "$PWD"; printf "%s\\n" "$@"; }\n')
+    python.chmod(0o755)
+    options = ["--output=my out", "--models=./a b/c", "--calibration", "data/train"]
+    command = ["bash", SCRIPTS / "imagenet.sh", *options]
+    environment = {**os.environ, "PYTHON": str(python)}
+    shown = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    for model in ("./a", "b/c"):
+        output = str(tmp_path / "my out" / Path(model).name)
+        expected = [f"== {model}", str(tmp_path), str(SCRIPTS / "bench_accuracy.py"), model]
+        assert "\n".join(expected) in shown
+        assert f"--output\n{output}\n--calibration\ndata/train\n" in shown
+
+
 @pytest.mark.slow
 def test_dry_run_of_imagenet(tmp_path):
     command = ["bash", SCRIPTS / "imagenet.sh", "--smoke", "--no-quantise", "--output", tmp_path]

@@ -239,6 +239,18 @@ def test_folders_that_are_no_checkpoints_are_left_alone(save, tmp_path: Path):
 # ------------------------------------------------------------------------------------------------------------- faults
 
 
+def test_a_folder_that_cannot_be_replaced_is_refused_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    for name in ("volume", "here"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr("os.path.ismount", lambda path: str(path) == str(tmp_path / "volume"))
+    for folder in (tmp_path / "volume", ".", tmp_path):
+        with pytest.raises(UserError, match="name a folder in it"):
+            check_target(folder, 0)
+    check_target("out", 0)
+    check_target(tmp_path / "volume" / "out", 0)
+
+
 def test_full_disk_is_seen_before(save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 5_000_000))
     with pytest.raises(UserError, match="has 5 MB free, but the checkpoint needs 1004 MB"):

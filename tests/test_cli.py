@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+from datasets import Dataset, Features, Image, load_dataset
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 from typer.testing import CliRunner
@@ -154,6 +155,46 @@ def test_help_completion_and_a_mistyped_option_do_not_wait_for_torch(tmp_path):
     assert "--nope" in sentence(run("plan", "model", "--nope", **without_torch))
     completion = {"_HF_VIT_LOWRANK_COMPLETE": "complete_bash", "COMP_WORDS": "hf-vit-lowrank swe", "COMP_CWORD": "1"}
     assert run(**completion, **without_torch).stdout.strip() == "sweep"
+
+
+def test_a_sweep_reads_the_columns_that_are_named(digits_model, digits_data, tmp_path):
+    data = load_dataset("parquet", data_files=str(digits_data.validation), split="train")
+    rows, label = data[:48], data.features["label"]
+    columns = {"one": rows["image"], "two": rows["image"], "coarse": rows["label"], "fine": rows["label"]}
+    features = Features({"one": Image(), "two": Image(), "coarse": label, "fine": label})
+    Dataset.from_dict(columns, features=features).to_parquet(tmp_path / "twice.parquet")
+    start = ("sweep", digits_model, "--calibration", tmp_path / "twice.parquet", "--image-column", "one")
+    start += ("--reductions", 0.3, "--output", tmp_path / "sweep")
+    measured = ("--dataset", tmp_path / "twice.parquet", "--dataset-image-column", "two", "--label-column", "fine")
+    done = call(*start, *measured)
+    assert done.returncode == 0, done.stderr
+    done = call(*start, "--overwrite", "--compensation", "distill", "--labels", "--label-column", "nowhere")
+    assert "nowhere" in sentence(done)
+
+
+def test_a_run_that_has_nothing_to_lose_is_no_obstacle(digits_model, digits_data, tmp_path):
+    run_folder = tmp_path / ".out.run"
+    run_folder.mkdir()
+    (run_folder / "run.json").write_text('{"recipe": {"reduction": 0.9}}')
+    options = ("--calibration", digits_data.calibration, "--samples", 16, "--compensation", "none")
+    command = ("compress", digits_model, *options, "--reduction", 0.4, "--output", tmp_path / "out")
+    done = call(*command)
+    assert done.returncode == 0, done.stderr
+    run_folder.mkdir()
+    (run_folder / "run.json").write_text('{"recipe": {"reduction": 0.9}}')
+    (run_folder / "statistics.pt").write_text("an hour of work")
+    assert "holds an unfinished run" in sentence(call(*command, "--overwrite"))
+    assert (run_folder / "statistics.pt").exists()
+
+
+def test_a_demo_takes_nothing_away(tmp_path):
+    files = [tmp_path / "dense" / "thesis.safetensors", tmp_path / "data" / "train.parquet"]
+    for file in files:
+        file.parent.mkdir()
+        file.write_text("mine")
+    for overwrite in ([], ["--overwrite"]):
+        assert "would be lost" in sentence(call("demo", "--output", tmp_path, *overwrite))
+        assert [file.read_text() for file in files] == ["mine", "mine"]
 
 
 def test_what_is_typed_goes_before_the_recipe_file(digits_model, digits_data, tmp_path):

@@ -16,7 +16,7 @@ from hf_vit_lowrank.calibration import calibrate, held_back_agreement, held_back
 from hf_vit_lowrank.checkpoint import load_checkpoint
 from hf_vit_lowrank.compensation import drift
 from hf_vit_lowrank.compensation.closed_form import _refit_attention, compensate_closed_form
-from hf_vit_lowrank.compress import build, compress, plan
+from hf_vit_lowrank.compress import _expected, build, compress, plan
 from hf_vit_lowrank.embeddings import embedded_by
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.evaluation import count_parameters, evaluate_classifier
@@ -173,6 +173,14 @@ def test_a_compressed_model_can_be_matched_and_its_folder_is_not_told(digits_mod
 def test_impossible_size_says_the_smallest(calibrated):
     with pytest.raises(UserError, match="ask for at least"):
         build(calibrated, replace(RECIPE, reduction=0.999))
+
+
+def test_probing_is_part_of_the_time_expected():
+    seconds = {"statistics": 7.0, "candidates": 1.0}
+    without, with_probes = (
+        _expected(CompressionRecipe(reduction=0.5, probe=probe), 0.5, seconds) for probe in (False, True)
+    )
+    assert with_probes == {**without, "probes": 63.0}
 
 
 def test_min_agreement_finds_a_size_between_its_neighbours(digits_model, digits_data):

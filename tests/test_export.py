@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from hf_vit_lowrank.calibration import calibrate
 from hf_vit_lowrank.candidates.block import LAST_WIDTH_WEIGHT
-from hf_vit_lowrank.checkpoint import load_checkpoint, save_checkpoint
+from hf_vit_lowrank.checkpoint import load_checkpoint, save_checkpoint, unedited_card
 from hf_vit_lowrank.cli import app
 from hf_vit_lowrank.compress import build, compress
 from hf_vit_lowrank.dense import load_dense
@@ -27,6 +27,7 @@ from hf_vit_lowrank.pixels import load_image_processor
 from hf_vit_lowrank.recipe import CompressionRecipe
 from hf_vit_lowrank.remote.configuration_lowrank_vit import FACTORABLE, FACTORABLE_EMBEDDINGS, LowRankViTConfig
 from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification
+from hf_vit_lowrank.report import read_checkpoint
 
 PREPROCESSOR = b'{ "image_processor_type":"ViTImageProcessor",\n "size":{"height":16, "width":16}, "resample": 3}\n'
 SIZES = {"hidden_size": 12, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 20}
@@ -187,6 +188,20 @@ def test_exported_folder_loads_without_remote_code(export, fields, make_folder, 
     assert content(tmp_path / "out") == files
 
 
+def test_an_exported_folder_tells_its_own_sizes(make_folder, tmp_path):
+    folder = make_folder(**UNIFORM)
+    native, dense = export_native(folder, tmp_path / "native"), export_dense(folder, tmp_path / "dense")
+    for model, output in ((native, tmp_path / "native"), (dense, tmp_path / "dense")):
+        record = json.loads((output / "compression.json").read_text())
+        assert (record["parameters"], record["flops"]) == (count_parameters(model), count_flops(model))
+        assert record["dense_flops"] == count_flops(dense)
+    assert count_flops(native) < count_flops(dense)
+    for read in (read_checkpoint, unedited_card):
+        read(tmp_path / "native")
+        with pytest.raises(UserError, match="dense form of a checkpoint"):
+            read(tmp_path / "dense")
+
+
 def test_quantised_and_broken_checkpoints_are_refused(make_folder, tmp_path):
     config = make_folder(**MIXED) / "config.json"
     quantised = {**json.loads(config.read_text()), "quantization_config": {"quant_method": "torchao"}}
@@ -241,6 +256,7 @@ def test_onnx_has_the_same_logits_for_any_batch(make_folder, tmp_path):
     before = content(folder)
     export_onnx(folder, file)
     assert content(folder) == before
+    assert str(Path(torch.__file__).parent).encode() not in file.read_bytes()
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
     model, _, _ = load_checkpoint(folder)
     for batch in (1, 5):

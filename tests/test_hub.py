@@ -316,7 +316,7 @@ def call(*arguments: object) -> tuple[int, str, str]:
 
 CASES: dict[str, tuple[dict[str, Any], int, str]] = {
     "no token": ({"token": None}, 2, "needs a token: run `hf auth login`"),
-    "wrong token": ({"token": "hf_wrongWrongWrong"}, 2, "does not take the token"),
+    "wrong token": ({"token": "hf_wrongWrongWrongWrongWrongWrongWrong"}, 2, "does not take the token"),
     "no right to make": ({"token": READ}, 2, f"may not write to '{REPOSITORY}'"),
     "no right to write": ({"token": READ, "make": True}, 2, "you have no write access"),
     "no repository for a pull request": ({"options": ["--create-pr"]}, 2, f"'{REPOSITORY}' is not on the hub"),
@@ -368,14 +368,14 @@ def test_fault_22_hub_that_is_down(folder: Path, hub: Hub, monkeypatch: pytest.M
 @pytest.mark.parametrize("options", [(), ("--debug",)])
 def test_token_that_the_hub_sends_back_is_not_shown(options, hub: Hub, folder: Path):
     for status, path in ((403, COMMITS), (401, "/preupload/")):
-        answer = {"error": f"the token {WRITE} (not hf_another0neOfSomebodyElse) is refused"}
+        answer = {"error": f"the token {WRITE} (not hf_another0neOfSomebodyElseWhoIsNotUs) is refused"}
         hub.faults.clear()
         hub.fail("POST", path, status, times=99, answer=answer, headers={"X-Error-Message": answer["error"]})
         code, out, err = call("push", folder, REPOSITORY, *options)
         assert code == 2
         assert "the token (token) (not (token))" in err
         assert WRITE not in out + err
-        assert "hf_another0neOfSomebodyElse" not in out + err
+        assert "hf_another0neOfSomebodyElseWhoIsNotUs" not in out + err
 
 
 def test_only_intact_checkpoints_are_pushed(hub: Hub, folder: Path, tmp_path: Path):

@@ -14,7 +14,7 @@ from test_checkpoint import EVALUATION, RECORD
 
 from hf_vit_lowrank.charts import plan_chart
 from hf_vit_lowrank.cli import app
-from hf_vit_lowrank.model_card import evaluation_record, model_card, pin, pinned_revision, read_card, unpin
+from hf_vit_lowrank.model_card import evaluation_record, model_card, pin, pinned_revision, read_card, short_name, unpin
 
 SOURCE_CARD = """---
 license: other
@@ -131,6 +131,9 @@ def test_training_that_was_undone_is_not_claimed():
     assert "The whole was then trained" not in card
     card = model_card({**trained, "gradient": undone, "distillation": undone})
     assert "Nothing was trained, since what training was tried left it no nearer" in card
+    card = model_card({**RECORD, "recipe": {"reduction": 0.5, "preset": "paper", "compensation": "none"}})
+    assert "second tensors were fitted by gradient" in card
+    assert "Nothing else was trained." in card
 
 
 def test_a_model_of_grayscale_images_is_shown_one():
@@ -149,6 +152,16 @@ def test_command_line_has_what_is_not_default():
     assert " ".join(words[7:-4]) == (
         "--reduction 0.4 --preset svd --compensation distill --distill-lr 0.0002 --labels --samples 100"
     )
+    calibration = {**RECORD["calibration"], "label_column": "fine"}
+    for labels in (True, False):
+        card = model_card({**RECORD, "recipe": {**recipe, "labels": labels}, "calibration": calibration})
+        assert ("--label-column fine" in bash_blocks(card)[0]) == labels
+
+
+def test_the_folder_one_is_in_has_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "vit" / "new").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "vit" / "new")
+    assert [short_name(location) for location in (".", "..", "../", "a/b/", "/")] == ["new", "vit", "vit", "b", "/"]
 
 
 def test_every_option_of_the_command_line_is_one_of_compress():
@@ -156,7 +169,7 @@ def test_every_option_of_the_command_line_is_one_of_compress():
 
     options = {name for each in typer.main.get_command(app).commands["compress"].params for name in each.opts}
     defaults = dict.fromkeys(RECORD["recipe"], True)  # none of them at its default
-    calibration = {**RECORD["calibration"], "config": "c", "image_column": "i"}
+    calibration = {**RECORD["calibration"], "config": "c", "image_column": "i", "label_column": "l"}
     (command,) = bash_blocks(
         model_card({**RECORD, "recipe": {**defaults, "preset": "svd"}, "calibration": calibration})
     )

@@ -80,6 +80,12 @@ def test_unknown_fields_are_refused_by_name():
         CompressionRecipe.from_dict({"reduction": 0.5, "rank": 3})
 
 
+def test_a_recipe_file_may_write_a_number_by_its_exponent(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("reduction: 5e-1\ndistill_lr: 1e-4\ncompensation: distill\n")
+    recipe = CompressionRecipe.from_dict(read_recipe_file(tmp_path / "recipe.yaml"))
+    assert (recipe.reduction, recipe.distill_lr, recipe.compensation) == (0.5, 1e-4, "distill")
+
+
 BOMB = "a: &a [x, x, x, x]\n" + "".join(
     f"{new}: &{new} [*{old}, *{old}, *{old}, *{old}]\n" for old, new in zip("abcdefghi", "bcdefghij", strict=True)
 )

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from datasets import load_dataset
@@ -39,8 +40,10 @@ def checkpoint(digits_model, digits_data, tmp_path_factory):
 
 
 def test_a_space_of_two_folders_is_whole(checkpoint, digits_model, tmp_path):
-    output = tmp_path / "space"
-    done = call("space", checkpoint, "--dense", digits_model, "--output", output)
+    output, folder = tmp_path / "space", tmp_path / "small"
+    shutil.copytree(checkpoint, folder)
+    (folder / ".env").write_text("HF_TOKEN=mine")
+    done = call("space", folder, "--dense", digits_model, "--output", output)
     assert done.returncode == 0, done.stderr
     names = {path.name for path in output.iterdir()}
     assert names == {"app.py", "models.json", "requirements.txt", "README.md", "dense", "compressed"}
@@ -57,7 +60,7 @@ def test_a_space_of_two_folders_is_whole(checkpoint, digits_model, tmp_path):
     assert "hf_vit_lowrank" not in (output / "app.py").read_text()
 
 
-def test_a_model_of_the_hub_is_named_with_its_commit(checkpoint, tmp_path):
+def test_a_model_of_the_hub_is_named_with_its_commit(checkpoint, tmp_path, monkeypatch):
     record = json.loads((checkpoint / RECORD).read_text())
     record["source"] |= {
         "location": "google/vit-base-patch16-224",
@@ -75,6 +78,9 @@ def test_a_model_of_the_hub_is_named_with_its_commit(checkpoint, tmp_path):
     }
     card = RepoCard.load(tmp_path / "space" / "README.md").data
     assert card.models == ["google/vit-base-patch16-224"]
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_: SimpleNamespace(sha="newest"))
+    dense, _ = write_space(str(checkpoint), tmp_path / "space", dense="org/dense")
+    assert dense == {"title": "Dense", "repository": "org/dense", "revision": "newest"}
 
 
 def test_bad_sources_are_one_sentence(checkpoint, digits_model, tmp_path):
@@ -84,6 +90,8 @@ def test_bad_sources_are_one_sentence(checkpoint, digits_model, tmp_path):
         write_space(str(digits_model), tmp_path / "space")
     with pytest.raises(UserError, match="neither a folder"):
         write_space("nobody/nothing", tmp_path / "space")
+    with pytest.raises(UserError, match="--dense 'nobody/nothing' is neither"):
+        write_space(str(checkpoint), tmp_path / "space", dense="nobody/nothing")
     with pytest.raises(UserError, match="no safetensors"):
         write_space(str(checkpoint), tmp_path / "space", dense=str(tmp_path))
     done = call("space", checkpoint, "--dense", digits_model, "--output", checkpoint, "--overwrite")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, SpaceCardData, hf_hub_download
 
-from ..checkpoint import RECORD, read_record
+from ..checkpoint import RECORD, intact_record
 from ..errors import UserError, as_user_error
 
 GRADIO_VERSION = "6.31.0"
@@ -26,7 +27,8 @@ def write_space(
 
     source: a compressed checkpoint, a folder or a hub id. dense: the dense model, a folder or a hub id (None: the
     source that the checkpoint was made from). Folders are copied into the Space; of models on the hub only the name is
-    written, and the commit: of the compressed one that of `revision`, since its code is run.
+    written, and the commit: of the compressed one that of `revision`, since its code is run, of the dense one the
+    newest.
 
     Returns what models.json says, the dense model first.
 
@@ -40,10 +42,10 @@ def write_space(
         )
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    entries = [_dense(dense, record["source"]), small]
+    large = _dense(dense, record["source"])
     models = [
-        {"title": title, **_placed(entry, folder, title.lower())}
-        for title, entry in zip(("Dense", "Compressed"), entries, strict=True)
+        {"title": "Dense", **_placed(large, folder, "dense", _DENSE_FILES)},
+        {"title": "Compressed", **_placed(small, folder, "compressed", (RECORD, *record["files"]))},
     ]
     name = Path(source).name
     shutil.copyfile(_APP, folder / "app.py")
@@ -56,7 +58,7 @@ def write_space(
 def _compressed(source: str, revision: str | None) -> tuple[dict[str, Any], dict[str, str]]:
     """The record of the checkpoint, and where it is."""
     if Path(source).is_dir():
-        return read_record(Path(source)), {"folder": source}
+        return intact_record(Path(source)), {"folder": source}
     with as_user_error(f"'{source}' is neither a folder with a checkpoint nor one that the hub gives out"):
         commit = str(HfApi().model_info(source, revision=revision).sha)
         file = hf_hub_download(source, RECORD, revision=commit)
@@ -66,17 +68,19 @@ def _compressed(source: str, revision: str | None) -> tuple[dict[str, Any], dict
 def _dense(dense: str | None, source: dict[str, Any]) -> dict[str, str]:
     if dense is None or (dense == source["location"] and source.get("revision")):
         return {"repository": source["location"], "revision": source["revision"]}
-    return {"folder": dense} if Path(dense).is_dir() else {"repository": dense}
+    if Path(dense).is_dir():
+        return {"folder": dense}
+    with as_user_error(f"--dense '{dense}' is neither a folder nor a model that the hub gives out"):
+        return {"repository": dense, "revision": str(HfApi().model_info(dense).sha)}
 
 
-def _placed(entry: dict[str, str], space: Path, name: str) -> dict[str, str]:
-    """The entry as the app reads it; a folder is copied into the Space."""
+def _placed(entry: dict[str, str], space: Path, name: str, patterns: Sequence[str]) -> dict[str, str]:
+    """The entry as the app reads it; of a folder only what is loaded is copied into the Space: no pickles, nothing that
+    its owner keeps there."""
     if "folder" not in entry:
         return entry
     target = space / name
     target.mkdir(exist_ok=True)
-    # Of a dense model only what is loaded: no pickles, no checkpoints of its training.
-    patterns = _DENSE_FILES if name == "dense" else ("*",)
     files = sorted({file for pattern in patterns for file in Path(entry["folder"]).glob(pattern) if file.is_file()})
     if not any(file.suffix == ".safetensors" for file in files):
         raise UserError(f"'{entry['folder']}' has no safetensors weights: name a folder or a hub id that has.")
