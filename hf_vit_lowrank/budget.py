@@ -8,7 +8,15 @@ from .candidates.block import BlockCandidates
 from .candidates.embedding import EmbeddingCandidates
 from .dense import DenseSource, dense_parameters, matched_parameters
 from .presets import smallest_parameters
-from .rank_plan import RankPlan, budgeted_ranks, plan_cost, smallest_config, stream_size, unreachable
+from .rank_plan import (
+    RankPlan,
+    budgeted_ranks,
+    plan_cost,
+    smallest_config,
+    stream_size,
+    unreachable,
+    with_hidden_size,
+)
 from .recipe import OURS, TRAINED, CompressionRecipe
 
 
@@ -70,7 +78,10 @@ def check_reachable(dense: DenseSource, recipe: CompressionRecipe) -> None:
     """Before the long work. Raises UserError, with the smallest size, where the recipe asks for less."""
     multiple = recipe.rank_multiple if recipe.preset == OURS and not recipe.native else 1
     if recipe.preset == OURS:
-        smallest_sizes = smallest_config(dense.model.config, multiple, recipe.cost, recipe.native)
+        config, stream = dense.model.config, recipe_stream(dense, recipe)
+        if stream < config.hidden_size:
+            config = with_hidden_size(config, stream)
+        smallest_sizes = smallest_config(config, multiple, recipe.cost, recipe.native)
         smallest = plan_cost(smallest_sizes, recipe.cost, recipe.native)
     else:
         smallest = smallest_parameters(recipe.preset, dense.model)

@@ -60,7 +60,7 @@ class Calibrated:
     held_back, expected: embeddings of images that nothing is fitted on, the last of the stream, and the dense model's
         logits for them, if some were asked for.
     group: how many blocks' moments are collected at once and parked in `run`; None where all are kept.
-    narrowed: those of narrower streams that were made already, by their number of entries.
+    narrowed: that of the narrower stream that was last asked for, by its number of entries.
     """
 
     dense: DenseSource
@@ -84,6 +84,7 @@ class Calibrated:
         if size == self.dense.model.config.hidden_size:
             return self
         if size not in self.narrowed:
+            self.narrowed.clear()  # each has a model, images and moments of its own
             self.narrowed[size] = self._with_stream(size, self.run.part(f"stream-{size}"))
         return self.narrowed[size]
 
@@ -179,7 +180,8 @@ class Calibrated:
     @cached_property
     def presets(self) -> PresetInputs:
         """What the other methods are built from."""
-        return PresetInputs(self.dense.model, self._fitting_of_all(len(self.fitting)), self.statistics, self.seed)
+        images = self._fitting_of_all(len(self.fitting))
+        return PresetInputs(self.dense.model, images, self.statistics, self.seed, self.images_at_once)
 
     def _fitting_of_all(self, batches: int) -> list[Tensor]:
         """Every process gets the first batches of all, in the order of one process."""
@@ -230,7 +232,7 @@ def calibrate(
     with timed(seconds, "load"):
         dense = load_dense(source, revision=revision, allow_pickle=allow_pickle)
         dense.model.requires_grad_(False)
-        torch.nn.Module.to(dense.model, processes.device() if processes.count() > 1 else pick_device(device))
+        torch.nn.Module.to(dense.model, _device(device, recipe))
         # What cannot be is refused before the long work.
         if recipe.min_agreement is None:
             check_reachable(dense, recipe)
@@ -262,7 +264,9 @@ def calibrate(
     with timed(seconds, "images"):
         own = calibration
         if processes.count() > 1:
-            own = calibration.shared(Share(processes.index(), processes.count(), recipe.batch_size))
+            # Training reads a whole stream in every process, and must know which of its images are held back.
+            in_order = recipe.compensation in TRAINED
+            own = calibration.shared(Share(processes.index(), processes.count(), recipe.batch_size, in_order))
         fitting, held_back = _split(_embed(dense, own, recipe.batch_size), hold_back, recipe.batch_size)
         expected = stream_logits(dense.model, held_back)
     image_sha256 = _joint_sha256(own)
@@ -284,6 +288,18 @@ def calibrate(
         run=run,
         group=None if memory_limit is None else memory.group,
     )
+
+
+def _device(name: str | None, recipe: CompressionRecipe) -> torch.device:
+    if processes.count() > 1:
+        return processes.device()
+    device = pick_device(name)
+    if recipe.compensation == "distill" and device.index:
+        raise UserError(
+            f"Distillation trains on the first GPU: make {device} the first, by CUDA_VISIBLE_DEVICES={device.index} in "
+            "place of --device."
+        )
+    return device
 
 
 @torch.no_grad()

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from datasets import Features, Sequence, Value
 from huggingface_hub import try_to_load_from_cache
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 
@@ -145,9 +144,14 @@ def count_parameters(model: torch.nn.Module) -> int:
 def count_flops(model: PreTrainedModel) -> int:
     """Floating-point operations of all matrix products for one image, a multiply-add counted as two."""
     image = torch.zeros(1, model.config.num_channels, *pair(model.config.image_size), device=model.device)
-    # The fused attention kernels have no FLOP formula on every device; the plain products have.
-    with _evaluating(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(pixel_values=image)
+    attention = model.config._attn_implementation
+    # Fused kernels have no FLOP formula on every device, and on some want heads filled up; plain products do not.
+    model.config._attn_implementation = "eager"
+    try:
+        with _evaluating(model), FlopCounterMode(display=False) as counter:
+            model(pixel_values=image)
+    finally:
+        model.config._attn_implementation = attention
     return counter.get_total_flops()
 
 

@@ -36,11 +36,15 @@ class LabelledImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """Whose part of a stream: batch number `index` of every `count` batches of `batch_size` images."""
+    """Whose part of a stream: batch number `index` of every `count` batches of `batch_size` images.
+
+    in_order: also of data that are streamed, all of which every process then reads.
+    """
 
     index: int
     count: int
     batch_size: int
+    in_order: bool = False
 
     def of(self, images: int) -> list[int]:
         """The positions, among so many images, that belong to this share."""
@@ -111,7 +115,7 @@ class ImageStream:
         """A part of this stream; the parts of all processes together hold every image once.
 
         Where the data can be indexed it is whole batches, so that they are the ones that a single process makes;
-        where they are streamed each process reads shards of its own, or every `count`-th image.
+        where they are streamed each process reads shards of its own, or every `count`-th image, if not `in_order`.
         """
         return ImageStream(
             self._rows,
@@ -232,6 +236,9 @@ def _ordered_rows(
         def streamed(share: Share) -> Iterable[dict[str, Any]]:
             if share == WHOLE:
                 return ordered
+            if share.in_order:
+                rows = enumerate(islice(ordered, samples))
+                return (row for place, row in rows if place // share.batch_size % share.count == share.index)
             own = split_dataset_by_node(ordered, share.index, share.count)
             return islice(own, None if samples is None else share.number_of(samples))
 

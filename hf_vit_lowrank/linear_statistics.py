@@ -17,7 +17,7 @@ from torch import Tensor
 from .errors import RunError
 from .remote.configuration_lowrank_vit import FACTORABLE
 from .remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification, merge_heads, split_heads
-from .statistics import Moments, drawn_label_loss, label_draws
+from .statistics import Moments, drawn_label_loss, with_draws
 from .surgery import set_linear
 
 
@@ -38,20 +38,20 @@ class LinearStatistics:
 
 
 def collect_linear_statistics(
-    model: LowRankViTForImageClassification, embeddings: Iterable[Tensor], seed: int
+    model: LowRankViTForImageClassification, embeddings: Iterable[Tensor], seed: int, images_at_once: int
 ) -> list[dict[str, LinearStatistics]]:
     """One pass forward and backward over batches of embeddings (images, tokens, d); per block, by name of the weight.
 
-    model: at full rank. The loss is the cross-entropy against a label drawn from the model's own prediction.
+    model: at full rank. images_at_once: of a batch, the rest of which waits. The loss is the cross-entropy against a
+    label drawn from the model's own prediction.
 
     Raises:
         RunError: no image came, or a gradient is not finite.
     """
     blocks: Any = model.vit.blocks
     statistics = [_zeros(block) for block in blocks]
-    generator = torch.Generator().manual_seed(seed)
-    for batch in embeddings:
-        for of_block, trace, gradients in zip(statistics, *_traced_backward(model, batch, generator), strict=True):
+    for part, draws in with_draws(embeddings, model.config.num_labels or 0, seed, images_at_once):
+        for of_block, trace, gradients in zip(statistics, *_traced_backward(model, part, draws), strict=True):
             _add(of_block, trace, gradients)
     if statistics[0]["output"].images == 0:
         raise RunError("No calibration image was seen: the calibration data are empty.")
@@ -145,7 +145,7 @@ def _zeros(block: LowRankViTBlock) -> dict[str, LinearStatistics]:
 
 @torch.enable_grad()  # a preset may ask from where gradients are off
 def _traced_backward(
-    model: LowRankViTForImageClassification, embeddings: Tensor, generator: torch.Generator
+    model: LowRankViTForImageClassification, embeddings: Tensor, draws: Tensor
 ) -> tuple[list[LinearTrace], Iterator[dict[str, Tensor]]]:
     """Traces of all blocks, and the loss gradients at the outputs of their weights."""
     stream = embeddings.detach().to(model.device).requires_grad_(True)
@@ -157,7 +157,7 @@ def _traced_backward(
     logits = model.classify(model.vit.norm(stream))[0]
     if not torch.isfinite(logits).all():
         raise RunError("The logits are not finite: the source model overflows on these images.")
-    loss = drawn_label_loss(logits, label_draws(len(logits), logits.shape[1], generator))
+    loss = drawn_label_loss(logits, draws)
     gradients = iter(torch.autograd.grad(loss, [trace.outputs[name] for trace in traces for name in FACTORABLE]))
     return traces, ({name: next(gradients) for name in FACTORABLE} for _ in traces)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import processes
 from .errors import UserError
 from .rank_plan import STREAM_FROM, num_tokens, plan_cost
-from .recipe import OURS, TRAINED, VIEWS, CompressionRecipe
+from .recipe import FACTORED, OURS, TRAINED, VIEWS, CompressionRecipe
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import pair
 
@@ -77,6 +77,8 @@ def memory_plan(
     fixed = _PROGRAM + weights + embeddings
     if recipe.may_narrow and (recipe.reduction is None or recipe.reduction > STREAM_FROM):
         fixed += weights + embeddings  # the dense model stays beside a narrower one
+    if recipe.preset in FACTORED:
+        fixed += layers * _linear_moment_bytes(config)
     width = config.intermediate_size + config.hidden_size
     # All blocks' moments, and the covariances that bypasses are made from, unless they are parked.
     kept = 0 if limit else layers * (moments + 8 * width**2)
@@ -139,6 +141,11 @@ def _moment_bytes(config: LowRankViTConfig) -> int:
     """The statistics of one block: float64, read and other tokens apart."""
     hidden = config.hidden_size
     return 8 * (2 * (config.intermediate_size + hidden) ** 2 + 6 * hidden**2)
+
+
+def _linear_moment_bytes(config: LowRankViTConfig) -> int:
+    """Those of a block's four weights, at their inputs and their outputs: float64."""
+    return 8 * (14 * config.hidden_size**2 + 2 * config.intermediate_size**2)
 
 
 def _activation_bytes(config: LowRankViTConfig) -> int:

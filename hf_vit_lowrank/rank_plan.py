@@ -377,10 +377,17 @@ def embedding_costs(config: LowRankViTConfig, cost: str) -> dict[str, tuple[int,
 def largest_embedding_ranks(config: LowRankViTConfig, cost: str, multiple: int) -> dict[str, int]:
     """By name of a piece of the embeddings, the largest rank at which two factors cost less than the whole piece.
 
-    Only where a multiple does; and not before a single block, which has no gradient of patch tokens to go by.
+    Only where a multiple does, and for positions only where they have more dimensions than that (prefix tokens, which
+    make the whole dearer, are no part of their factors); and not before a single block, which has no gradient of patch
+    tokens to go by.
     """
     largest = {name: (whole - 1) // unit for name, (unit, whole) in embedding_costs(config, cost).items()}
-    return {name: rank for name, rank in largest.items() if rank >= multiple and config.num_hidden_layers > 1}
+    dimensions = {"positions": num_tokens(config) - config.num_prefix_tokens}
+    return {
+        name: rank
+        for name, rank in largest.items()
+        if multiple <= rank <= dimensions.get(name, rank) and config.num_hidden_layers > 1
+    }
 
 
 def num_tokens(config: LowRankViTConfig) -> int:

@@ -15,10 +15,9 @@ from .errors import UserError, as_user_error
 
 COSTS = ("parameters", "flops")
 OURS = "mixed-rank"
-PRESETS = (
-    *(OURS, "paper", "svd", "fwsvd", "asvd", "svd-llm", "svd-llm-blockwise", "afm", "kfac-svd", "flar-svd"),
-    *("corp", "modegpt", "magnitude", "taylor"),
-)
+# Those that make two of single weights, from the moments at the weights' inputs and outputs.
+FACTORED = ("paper", "svd", "fwsvd", "asvd", "svd-llm", "svd-llm-blockwise", "afm", "kfac-svd", "flar-svd")
+PRESETS = (OURS, *FACTORED, "corp", "modegpt", "magnitude", "taylor")
 COMPENSATIONS = ("none", "closed-form", "gradient", "distill")
 TRAINED = ("gradient", "distill")
 # Random views of every calibration image beside the image itself, for training block by block.

@@ -32,15 +32,17 @@ class Regression:
     def __init__(self, inputs: int, targets: int, other_weight: float, watched: int = 0):
         self.size = inputs
         self.halves = [_Sums(inputs, targets, other_weight, watched) for _ in range(2)]
-        self.images = 0
+        self.batches = 0
 
     def add(self, inputs: Tensor, targets: Tensor, num_read: int) -> None:
-        """(images, tokens, n + watched) and (images, tokens, m); every other image goes to one half."""
+        """(images, tokens, n + watched) and (images, tokens, m); every other image of a batch goes to one half, in
+        whichever process, and single images in turn."""
         first, second = self.halves
-        for half, start in ((first, self.images % 2), (second, 1 - self.images % 2)):
+        turn = self.batches % 2 if len(inputs) == 1 else 0
+        for half, start in ((first, turn), (second, 1 - turn)):
             half.add(inputs[start::2], targets[start::2], num_read)
             second.share_units(first)
-        self.images += len(inputs)
+        self.batches += 1
 
     def add_up(self) -> None:
         """Make these the sums over the batches of all processes."""

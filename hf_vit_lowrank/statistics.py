@@ -296,6 +296,16 @@ def label_draws(images: int, classes: int, generator: torch.Generator) -> Tensor
     return torch.empty(images, classes).exponential_(generator=generator)
 
 
+def with_draws(
+    batches: Iterable[Tensor], classes: int, seed: int, images_at_once: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The parts of batches, of so many images, and the draws of their labels: the same in parts of any size."""
+    generator = torch.Generator().manual_seed(seed)
+    for batch in batches:
+        draws = label_draws(len(batch), classes, generator)
+        yield from zip(batch.split(images_at_once), draws.split(images_at_once), strict=True)
+
+
 def drawn_label_loss(logits: Tensor, draws: Tensor) -> Tensor:
     """Cross-entropy, summed over images, against labels drawn from the prediction itself; both (images, classes).
 

@@ -144,6 +144,9 @@ def test_before_a_single_block_the_embeddings_stay_whole():
     sizes = {"hidden_size": 12, "num_attention_heads": 3, "intermediate_size": 20, "image_size": 16, "patch_size": 4}
     one, two = (LowRankViTConfig(**sizes, num_hidden_layers=layers) for layers in (1, 2))
     assert largest_embedding_ranks(one, "parameters", 1) == {}
+    # Nine patches have nine ranks, of which each is so much cheaper than the whole that a tenth would be as well.
+    fields = {"hidden_size": 256, "image_size": 24, "patch_size": 8, "use_distillation_token": True}
+    assert list(largest_embedding_ranks(LowRankViTConfig(**fields), "parameters", 8)) == ["projection"]
     assert largest_embedding_ranks(two, "parameters", 1) == {"projection": 9, "positions": 7}
     assert largest_embedding_ranks(two, "parameters", 8) == {"projection": 9}
     factored = LowRankViTConfig(**sizes, num_hidden_layers=2, embedding_ranks={"projection": 9, "positions": 7})

@@ -22,7 +22,7 @@ from transformers import (
     ViTModel,
 )
 
-from hf_vit_lowrank import evaluation
+from hf_vit_lowrank import calibration, evaluation
 from hf_vit_lowrank.dense_layout import from_transformers
 from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.evaluation import (
@@ -35,6 +35,10 @@ from hf_vit_lowrank.evaluation import (
     pick_device,
 )
 from hf_vit_lowrank.images import open_images
+from hf_vit_lowrank.rank_plan import plan_cost
+from hf_vit_lowrank.recipe import CompressionRecipe
+from hf_vit_lowrank.remote.configuration_lowrank_vit import LowRankViTConfig
+from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTAttention, LowRankViTForImageClassification
 
 SIZES = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
 IMAGES = {"image_size": 8, "patch_size": 4}
@@ -208,6 +212,15 @@ def test_unknown_device_is_refused():
     assert pick_device("cpu") == torch.device("cpu")
 
 
+def test_distillation_on_another_gpu_than_the_first_is_refused(monkeypatch):
+    monkeypatch.setattr(calibration, "pick_device", torch.device)
+    recipe = CompressionRecipe(reduction=0.5, compensation="distill")
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES=1"):
+        calibration._device("cuda:1", recipe)
+    assert calibration._device("cuda:0", recipe).index == 0
+    assert calibration._device("cuda:1", CompressionRecipe(reduction=0.5)).index == 1
+
+
 # --------------------------------------------------------------------------------------------------------------- sizes
 
 
@@ -221,6 +234,18 @@ def test_flops_by_hand(attention, height, width):
     per_block = 4 * tokens * d * d + 2 * tokens * tokens * d + 2 * tokens * d * hidden
     products = patches * 3 * patch**2 * d + layers * per_block + d * len(NAMES)
     assert count_flops(model) == 2 * products
+
+
+def test_flops_are_those_of_unpadded_products(monkeypatch):
+    ranks = [[3, 3], [5, 5]]
+    config = LowRankViTConfig(
+        hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, image_size=8, patch_size=4,
+        num_labels=5, query_key_ranks=ranks, value_output_ranks=ranks, attn_implementation="sdpa",
+    )  # fmt: skip
+    monkeypatch.setattr(LowRankViTAttention, "_is_fused", lambda self, *_: self.config._attn_implementation == "sdpa")
+    model = LowRankViTForImageClassification(config)
+    assert count_flops(model) == plan_cost(config, "flops")
+    assert model.config._attn_implementation == "sdpa"
 
 
 def test_shared_parameters_count_once():

@@ -123,8 +123,9 @@ def test_whole_weights_are_as_the_source_has_them_and_go_back(model):
         torch.testing.assert_close(tensor, (3 if changed else 1) * before[name])
 
 
-def test_statistics_equal_sums_image_by_image(model, embeddings):
-    statistics = collect_linear_statistics(model, embeddings.split(4), seed=3)
+@pytest.mark.parametrize("images_at_once", [4, 3])
+def test_statistics_equal_sums_image_by_image(images_at_once, model, embeddings):
+    statistics = collect_linear_statistics(model, embeddings.split(4), seed=3, images_at_once=images_at_once)
     generator = torch.Generator().manual_seed(3)
     chunks = [model_logits(model, part) for part in embeddings.split(4)]
     labels = torch.cat([torch.multinomial(part.softmax(-1), 1, generator=generator) for part in chunks]).squeeze(1)
@@ -153,7 +154,7 @@ def model_logits(model, embeddings):
 
 
 def test_gradient_moments_are_those_of_the_loss_against_the_drawn_label(model, embeddings):
-    statistics = collect_linear_statistics(model, [embeddings], seed=3)[-1]
+    statistics = collect_linear_statistics(model, [embeddings], seed=3, images_at_once=4)[-1]
     with torch.no_grad():
         stream = model.vit.blocks[0](embeddings)[0]
     down = traced_linears(model.vit.blocks[1], stream.requires_grad_(True))
@@ -168,7 +169,7 @@ def test_gradient_moments_are_those_of_the_loss_against_the_drawn_label(model, e
 
 def test_nothing_is_left_on_the_model(model, embeddings):
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    collect_linear_statistics(model, [embeddings], seed=0)
+    collect_linear_statistics(model, [embeddings], seed=0, images_at_once=4)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
@@ -176,6 +177,6 @@ def test_nothing_is_left_on_the_model(model, embeddings):
 
 def test_no_image_and_overflow_are_errors(model, embeddings):
     with pytest.raises(RunError, match="No calibration image"):
-        collect_linear_statistics(model, [], seed=0)
+        collect_linear_statistics(model, [], seed=0, images_at_once=4)
     with pytest.raises(RunError, match="not finite"):
-        collect_linear_statistics(model, [embeddings * torch.inf], seed=0)
+        collect_linear_statistics(model, [embeddings * torch.inf], seed=0, images_at_once=4)

@@ -79,6 +79,14 @@ def test_what_compensation_holds_of_every_image_is_counted(options, streams):
     assert many - few == 100_000 * ((1 + streams) * stream + pixels)
 
 
+def test_methods_that_factor_weights_hold_the_moments_of_all():
+    ours, theirs = (
+        memory_plan(HUGE, CompressionRecipe(reduction=0.4, samples=64, preset=preset), 1).peak
+        for preset in ("corp", "fwsvd")
+    )
+    assert theirs - ours == 32 * 8 * (14 * 1280**2 + 2 * 5120**2)
+
+
 def test_training_the_whole_counts_the_activations_of_a_batch():
     peaks = [
         memory_plan(HUGE, replace(RECIPE, samples=1, batch_size=size, compensation="distill"), 1).peak

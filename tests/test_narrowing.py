@@ -13,10 +13,12 @@ from torch import nn
 from torch.nn.functional import layer_norm
 
 from hf_vit_lowrank import calibration
+from hf_vit_lowrank.budget import check_reachable, recipe_limit
 from hf_vit_lowrank.calibration import calibrate, held_back_divergence
 from hf_vit_lowrank.compress import build, compress
 from hf_vit_lowrank.dense_layout import why_not_uniform
 from hf_vit_lowrank.embeddings import embedded_by
+from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.evaluation import count_parameters
 from hf_vit_lowrank.export import densified
 from hf_vit_lowrank.narrowing import (
@@ -211,6 +213,20 @@ def test_exported_at_dense_size(small):
     whole = densified(small.model)
     assert whole.config.hidden_size == 64
     torch.testing.assert_close(logits(whole, pixels), logits(small.model, pixels), atol=1e-4, rtol=1e-4)
+
+
+def test_a_size_that_only_a_narrower_stream_reaches_is_not_refused(calibrated):
+    recipe = replace(RECIPE, reduction=0.93, compensation="none")
+    check_reachable(calibrated.dense, recipe)
+    assert count_parameters(build(calibrated, recipe).model) <= recipe_limit(calibrated.dense, recipe)
+    with pytest.raises(UserError, match="ask for at least"):
+        check_reachable(calibrated.dense, replace(recipe, reduction=0.97))
+
+
+def test_one_narrower_stream_is_held_at_a_time(calibrated):
+    sizes = [calibrated.narrower(replace(RECIPE, reduction=reduction)).dense.model for reduction in (0.7, 0.8, 0.7)]
+    assert sizes[0].config.hidden_size == sizes[2].config.hidden_size > sizes[1].config.hidden_size
+    assert list(calibrated.narrowed) == [sizes[2].config.hidden_size]
 
 
 def test_native_plans_other_methods_and_training_keep_the_whole_stream(calibrated):

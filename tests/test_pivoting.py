@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from conftest import random_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -96,6 +97,12 @@ def test_heads_that_write_to_entries_of_their_own_have_pivots_too():
     largest = max(block.attention.output.rest.weight.abs().max().item() for block in small.vit.blocks)
     assert largest < 20
     torch.testing.assert_close(logits(small), logits(model), atol=1e-4, rtol=1e-4)
+
+
+def test_pivoted_weights_may_be_loaded_when_they_are_called():
+    model = pivoted(random_model(0.4, **SHAPE))
+    expected = logits(model)
+    torch.testing.assert_close(logits(cpu_offload(model, torch.device("cpu"))), expected)
 
 
 def test_weights_of_zero_have_pivots_too():

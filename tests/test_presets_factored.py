@@ -37,7 +37,7 @@ def _quiet():
 def inputs() -> PresetInputs:
     model = random_model(0.15, hidden_size=48, num_attention_heads=3, intermediate_size=96, image_size=16, num_labels=5)
     pixels = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(1)) + 1.0
-    return PresetInputs(model, list(model.vit.embeddings(pixels).split(16)), [], seed=0)
+    return PresetInputs(model, list(model.vit.embeddings(pixels).split(16)), [], seed=0, images_at_once=16)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_uniform_ranks_are_the_largest_of_one_ratio(inputs, limit):
 def test_biases_that_a_pair_adds_are_counted():
     sizes = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96, "image_size": 16}
     model = random_model(0.15, **sizes, num_labels=5, qkv_bias=False)
-    inputs = PresetInputs(model, [model.vit.embeddings(torch.randn(4, 3, 16, 16))], [], seed=0)
+    inputs = PresetInputs(model, [model.vit.embeddings(torch.randn(4, 3, 16, 16))], [], seed=0, images_at_once=16)
     ranks = uniform_ranks(model, int(0.7 * count_parameters(model)))
     assert all("query_key_value" in own for own in ranks)
     assert count_parameters(PRESETS["svd"](inputs, int(0.7 * count_parameters(model)))) == factored_parameters(

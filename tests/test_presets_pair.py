@@ -30,7 +30,12 @@ def inputs() -> Any:
     pixels = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     embeddings = list(model.vit.embeddings(pixels).split(16))
     return SimpleNamespace(
-        model=model, embeddings=embeddings, statistics=collect_statistics(model, embeddings, 0), seed=0, pixels=pixels
+        model=model,
+        embeddings=embeddings,
+        statistics=collect_statistics(model, embeddings, 0),
+        seed=0,
+        images_at_once=16,
+        pixels=pixels,
     )
 
 

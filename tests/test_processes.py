@@ -164,6 +164,22 @@ def test_every_image_of_a_stream_is_read_once(shards, samples, digits_data, monk
         assert seen == everything
 
 
+@pytest.mark.parametrize("samples", [None, 37])
+def test_shares_of_a_stream_in_order_are_whole_batches(samples, digits_data, monkeypatch):
+    """Or held-back images would be among those that training sees."""
+    from hf_vit_lowrank import images
+
+    data: Dataset = load_dataset("parquet", data_files=str(digits_data.validation), split="train").select(range(60))
+    source = ImageSource(["train"], lambda _: data.to_iterable_dataset(num_shards=4), lambda *_: 60)
+    monkeypatch.setattr(images, "open_source", lambda *_, **__: source)
+    opened = open_images("org/digits", samples=samples, seed=0, shuffle_buffer=10)
+    whole = [image.image.tobytes() for image in opened]
+    batches = [whole[start : start + 8] for start in range(0, len(whole), 8)]
+    for index in range(2):
+        own = [image.image.tobytes() for image in opened.shared(Share(index, 2, 8, in_order=True))]
+        assert own == [image for batch in batches[index::2] for image in batch]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options",

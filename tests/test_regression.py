@@ -111,6 +111,16 @@ def test_parts_make_no_difference(images_at_once):
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
 
 
+def test_halves_are_the_same_whoever_has_a_batch():
+    inputs, targets, _ = data(15, 1.0)
+    alone, *shares = (Regression(INPUTS, TARGETS, 0.5) for _ in range(3))
+    for number, batch in enumerate(zip(inputs.split(5), targets.split(5), strict=True)):
+        alone.add(*batch, 1)
+        shares[number % 2].add(*batch, 1)
+    for half, (one, other) in zip(alone.halves, zip(*(share.halves for share in shares), strict=True), strict=True):
+        torch.testing.assert_close(half.read.cross, one.read.cross + other.read.cross)
+
+
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=12, unique=True), st.data())
 def test_descend_finds_the_bottom_of_a_valley(values, data):
     bottom = data.draw(st.integers(0, len(values) - 1))

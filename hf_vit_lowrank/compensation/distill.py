@@ -127,6 +127,8 @@ def _arguments(
         seed=seed,
         dataloader_pin_memory=False,  # the views are made on the device
     )
+    # One process trains on one GPU: on several at once by torch's DataParallel it would take other steps.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     steps = -(-views // (batch_size * arguments.world_size))
     arguments.warmup_steps = int(WARM_UP * steps)
     arguments.eval_steps = arguments.save_steps = max(1, steps // EVALUATIONS)

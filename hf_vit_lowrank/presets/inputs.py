@@ -16,14 +16,16 @@ from ..statistics import BlockStatistics
 @dataclass(frozen=True)
 class PresetInputs:
     """model: dense, at full rank, in eval mode, parameters without gradients. embeddings: batches of (images, tokens,
-    d) on the CPU, what its first block reads. statistics: one per block. seed: of every random choice."""
+    d) on the CPU, what its first block reads. statistics: one per block. seed: of every random choice. images_at_once:
+    of a batch, in passes backward."""
 
     model: LowRankViTForImageClassification
     embeddings: list[Tensor]
     statistics: Sequence[BlockStatistics]
     seed: int
+    images_at_once: int
 
     @cached_property
     def linear_statistics(self) -> list[dict[str, LinearStatistics]]:
         """Per block and linear weight; collected when a preset first asks, since only some need them."""
-        return collect_linear_statistics(self.model, self.embeddings, self.seed)
+        return collect_linear_statistics(self.model, self.embeddings, self.seed, self.images_at_once)

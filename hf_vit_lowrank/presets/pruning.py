@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..remote.configuration_lowrank_vit import LowRankViTConfig
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification, merge_heads
-from ..statistics import drawn_label_loss, label_draws
+from ..statistics import drawn_label_loss, with_draws
 from ..surgery import resized
 from .pair_form import (
     best,
@@ -94,20 +94,18 @@ def _squares(weight: Tensor) -> Tensor:
 
 def taylor_scores(inputs: PresetInputs) -> list[BlockScores]:
     """Sums over images of the squared gradients of the gates, per block."""
-    model, generator = inputs.model, torch.Generator().manual_seed(inputs.seed)
+    model = inputs.model
     heads, size = model.config.num_attention_heads, model.config.query_key_ranks[0][0]
     shapes = ((heads, size), (heads, size), (model.config.intermediate_size,))
     scores = [BlockScores(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes)) for _ in model.vit.blocks]
     sums = [total for block in scores for total in (block.query_key, block.value_output, block.width)]
-    for batch in inputs.embeddings:
-        for total, gradient in zip(sums, _gate_gradients(model, batch, generator), strict=True):
+    for part, draws in with_draws(inputs.embeddings, model.config.num_labels or 0, inputs.seed, inputs.images_at_once):
+        for total, gradient in zip(sums, _gate_gradients(model, part, draws), strict=True):
             total += gradient.square().sum(0).cpu().double()
     return scores
 
 
-def _gate_gradients(
-    model: LowRankViTForImageClassification, embeddings: Tensor, generator: torch.Generator
-) -> tuple[Tensor, ...]:
+def _gate_gradients(model: LowRankViTForImageClassification, embeddings: Tensor, draws: Tensor) -> tuple[Tensor, ...]:
     """Per block three gradients, one row an image: query-key and value-output (images, heads, e), width (images, w)."""
     stream = embeddings.to(model.device)
     gates: list[Tensor] = []
@@ -120,7 +118,7 @@ def _gate_gradients(
         gates += own
         stream = gated_block(block, stream, *own)
     logits = model.classify(model.vit.norm(stream))[0]
-    loss = drawn_label_loss(logits, label_draws(len(logits), logits.shape[1], generator))
+    loss = drawn_label_loss(logits, draws)
     return torch.autograd.grad(loss, gates)
 
 

@@ -156,9 +156,11 @@ class PivotedLinear(_WithConstants):
         return torch.cat((self.identity, self.rest.weight))
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        if type(self.rest) is nn.Linear and type(self.rest.weight) is nn.Parameter:
+        rest = self.rest
+        if type(rest) is nn.Linear and type(rest.weight) is nn.Parameter and not rest.weight.is_meta:
             return nn.functional.linear(inputs, self.whole_weight(), self.bias)  # a fifth faster than what follows
-        # A quantiser or an adapter has put something of its own in the place of `rest`.
+        # A quantiser or an adapter has put something of its own in the place of `rest`, or its weight is elsewhere and
+        # comes when it is called.
         groups = [group[..., : self.pivots] for group in inputs.split(self.sizes, -1)]
         return torch.cat((torch.stack(groups).sum(0), self.rest(inputs)), -1) + self.bias
 
