@@ -7,10 +7,20 @@ from pathlib import Path
 
 __version__ = "0.1.0"
 
-# The command line imports what a command needs: help, completion and a mistyped option need not wait for torch. While
-# Python looks for the module that `python -m` is to run, "-m" stands in the place of its name.
-_program = Path(sys.argv[0]).name.removesuffix(".exe") if sys.argv else ""
-if _program not in ("hf-vit-lowrank", "-m"):
+
+def _is_command_line() -> bool:
+    """Whether it is being started, as `hf-vit-lowrank` or as `python -m hf_vit_lowrank`.
+
+    While Python looks for the module that -m is to run, which imports packages, "-m" stands in the place of its name.
+    """
+    program = Path(sys.argv[0]).name.removesuffix(".exe") if sys.argv else ""
+    if program == "-m":
+        return ("-m", __name__) in zip(sys.orig_argv, sys.orig_argv[1:], strict=False)
+    return program == "hf-vit-lowrank"
+
+
+# The command line imports what a command needs: help, completion and a mistyped option need not wait for torch.
+if not _is_command_line():
     from . import auto_classes  # noqa: F401
     from .compress import CompressionResult, compress
     from .recipe import CompressionRecipe

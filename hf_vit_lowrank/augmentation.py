@@ -21,7 +21,7 @@ from .pixels import prepare
 
 CROP_AREA = (0.35, 1.0)  # share of the image's area
 CROP_RATIO = (3 / 4, 4 / 3)  # width to height
-# Images are kept at no more than this many times the model's input size, which bounds memory.
+# The shorter sides of images are kept at no more than this many times the model's input size, which bounds memory.
 KEPT_SIZE = 1.25
 
 

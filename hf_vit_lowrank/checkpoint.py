@@ -90,9 +90,9 @@ def save_checkpoint(
 
     model: this package's, or one of transformers' own classes, whose checkpoint has no code and needs no trust.
 
-    All files are written to a folder beside `folder`, loaded again and compared with the model in memory (number of
-    parameters, exact logits), and only then renamed. With `overwrite` the old checkpoint is moved aside first and
-    deleted last. The same model and record give the same bytes.
+    All files are written to a folder beside `folder`, loaded again and compared with the model in memory (the same
+    weights, logits but for rounding), and only then renamed. With `overwrite` the old checkpoint is moved aside first
+    and deleted last. The same model and record give the same bytes.
 
     record: JSON-able, goes into compression.json together with the sha256 of every other file, and the logits that
         `verify` expects (see `probe_logits`).

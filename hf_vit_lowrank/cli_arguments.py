@@ -73,8 +73,10 @@ def parse_reductions(text: str) -> list[float]:
 
 def refuse_source(output: Path, source: str) -> None:
     target, folder = output.resolve(), Path(source).resolve()
-    if folder.exists() and (target == folder or target in folder.parents):
-        raise UserError(f"--output '{output}' is the source or holds it, and the source is never written to.")
+    if folder.exists() and (target == folder or target in folder.parents or folder in target.parents):
+        raise UserError(
+            f"--output '{output}' is the source, holds it or lies in it, and the source is never written to."
+        )
 
 
 def check_folder(folder: Path, overwrite: bool, kept: Sequence[str] = ()) -> None:

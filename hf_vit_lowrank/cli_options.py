@@ -66,7 +66,7 @@ Preset = Annotated[
 Compensation = Annotated[
     str | None,
     option(
-        "Repair by refits (closed-form), by refits and training block by block (gradient), or by refits and training "
+        f"Repair by refits (closed-form; {OURS} only), then by training block by block (gradient), then by training "
         "the whole model (distill). "
         f"Default: closed-form for {OURS}, none for other presets.",
         metavar="|".join(COMPENSATIONS),
@@ -85,9 +85,11 @@ Native = Annotated[
         "One head size and one MLP width for the whole model, which transformers loads without remote code.", "--native"
     ),
 ]
-QueryKeyWeight = Annotated[float, option("Factor on the error curves of query and key, which predict too little.")]
+QueryKeyWeight = Annotated[
+    float, option(f"Factor on the error curves of query and key, which predict too little ({OURS}).")
+]
 RankMultiple = Annotated[
-    int, option("Inner sizes of a layer are multiples of this, which matrix products want; 1 leaves them free.", min=1)
+    int, option(f"Inner sizes of a layer are multiples of this, which matrix products want; 1: any ({OURS}).", min=1)
 ]
 Probe = Annotated[
     bool,
@@ -99,9 +101,11 @@ RecipeFile = Annotated[
     option("Recipe in YAML (see recipe show); options given here go before what it says.", "--recipe", metavar="FILE"),
 ]
 
-Seed = Annotated[int, option("Seed of the choice of images.", min=0, **RUN)]
-BatchSize = Annotated[int, option("Images at once.", min=1, **RUN)]
-Device = Annotated[str | None, option("cpu, cuda, mps … (default: the best one here).", **RUN)]
+Seed = Annotated[int, option("Seed of the choice of images and of all that is drawn.", min=0, **RUN)]
+BatchSize = Annotated[int, option("Images at once, and in a step of training.", min=1, **RUN)]
+Device = Annotated[
+    str | None, option("cpu, cuda, mps … (default: the best one here). Each of several processes takes its own.", **RUN)
+]
 Output = Annotated[Path, option("Folder to write.", show_default=False, **RUN)]
 MemoryLimit = Annotated[
     str | None,

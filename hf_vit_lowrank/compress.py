@@ -25,6 +25,7 @@ from .errors import RunError, UserError
 from .hub import PushReport, push_folder
 from .images import ImageStream
 from .model_card import PICTURE, model_card
+from .out_of_memory import with_smaller_batches
 from .pivoting import pivoted
 from .presets import PRESETS
 from .probing import Weighed, probe_sizes
@@ -162,8 +163,13 @@ def plan(
         )
     if recipe.preset != OURS:
         raise UserError(f"A plan is made by preset '{OURS}' only: use compress for '{recipe.preset}'.")
-    calibrated = calibrate(source, calibration, recipe, revision=revision, allow_pickle=allow_pickle, device=device)
-    calibrated = calibrated.narrower(recipe)
+    calibrated = calibrate(
+        *(source, calibration, recipe),
+        hold_back=training_share(recipe),
+        revision=revision,
+        allow_pickle=allow_pickle,
+        device=device,
+    ).narrower(recipe)
     dense, candidates = calibrated.dense, calibrated.candidates
     size = planned_size(dense, candidates, recipe, recipe_ranks(dense, candidates, calibrated.embedding, recipe))
     report = compression_record(dense, calibrated.calibration, recipe, size)
@@ -242,7 +248,13 @@ def _smaller(
         size = planned_size(calibrated.dense, candidates, recipe, ranks)
     else:
         # Every process makes the whole: what a preset needs of the images is not always a sum over them.
-        model = PRESETS[recipe.preset](calibrated.presets, recipe_limit(calibrated.dense, recipe))
+        inputs, limit = calibrated.presets, recipe_limit(calibrated.dense, recipe)
+
+        def make(size: int) -> LowRankViTForImageClassification:
+            kept = inputs if size == inputs.images_at_once else replace(inputs, images_at_once=size)
+            return PRESETS[recipe.preset](kept, limit)
+
+        model = with_smaller_batches("The preset", make, inputs.images_at_once)
         processes.same_parameters(model)
         size = built_size(model)
     return model.config.to_dict(), model.state_dict(), size

@@ -206,17 +206,18 @@ def check_weights(folder: Path, source: str, architecture: Any, config: Any) -> 
     """Refuse, before transformers opens or makes anything, weights that it should not.
 
     Raises:
-        UserError: an index names anything but .safetensors files beside it, or those files hold less than half of
-            what a model of this configuration has (transformers would make the rest first and complain afterwards).
+        UserError: an index names anything but files of its kind beside it, or the .safetensors files hold less than
+            half of what a model of this configuration has (transformers would make the rest first and complain
+            afterwards).
     """
-    for path in folder.glob("*.safetensors.index.json"):
+    for path in [*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")]:
+        kind = Path(path.name.removesuffix(".index.json")).suffix
         with as_user_error(f"{path.name} of '{source}' is no index of weights"):
             names = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
         for name in sorted(map(str, names)):
-            if Path(name).name != name or not name.endswith(".safetensors"):
+            if Path(name).name != name or not name.endswith(kind):
                 raise UserError(
-                    f"{path.name} of '{source}' names {name}, which is no .safetensors file beside it: get an intact "
-                    "copy."
+                    f"{path.name} of '{source}' names {name}, which is no {kind} file beside it: get an intact copy."
                 )
     files, stored = list(folder.glob("*.safetensors")), 0
     with as_user_error(f"The weights of '{source}' could not be read; they must be whole, and safetensors"):

@@ -105,9 +105,11 @@ def _principal_directions(
 
     norms = [norm for norm in model.modules() if isinstance(norm, nn.LayerNorm)]
     handles = [norm.register_forward_pre_hook(watch) for norm in norms]
-    logits = [_confined_logits(model, part).cpu() for part in images.split(images_at_once)]
-    for handle in handles:
-        handle.remove()
+    try:
+        logits = [_confined_logits(model, part).cpu() for part in images.split(images_at_once)]
+    finally:
+        for handle in handles:
+            handle.remove()
     second = seen.weighted(max(seen.other.count / seen.read.count, 1.0) ** -0.5).second
     flat = zero_mean_basis(hidden_size - 1)
     _, vectors = eigh(flat @ second @ flat.mT)

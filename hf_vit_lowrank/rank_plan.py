@@ -129,6 +129,8 @@ def choose_ranks(
 
     for _ in range(1 + BYPASS_ROUNDS * with_bypasses):
         pieces, others = _allocated(per_block, bypasses, list(embedding.values()), budget)
+        # 8 bits by torchao fail on weights with a single input or output.
+        pieces = [[*own[:-1], own[-1] if own[-1] > 1 else 0] for own in pieces]
         if with_bypasses:
             bypasses = [bypass_curve(block, own[2]) for block, own in enumerate(pieces)]
         plan = _plan(candidates, per_block, bypasses, pieces)

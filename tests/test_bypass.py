@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from hf_vit_lowrank.budget import recipe_ranks
 from hf_vit_lowrank.calibration import calibrate
 from hf_vit_lowrank.candidates.bypass import bypass_candidate
 from hf_vit_lowrank.compress import build
@@ -89,3 +92,18 @@ def test_some_bypass_pays_on_the_digits(calibrated):
     ranks = build(calibrated, CompressionRecipe(reduction=0.8, samples=128)).report["plan"]["bypass_ranks"]
     assert any(ranks)
     assert ranks[-1] == 0  # there only one token an image counts
+
+
+def test_no_bypass_has_a_single_dimension(digits_model, digits_data):
+    """Where 8-bit weights need two."""
+    recipe = CompressionRecipe(reduction=0.5, samples=128, compensation="none", rank_multiple=1)
+    calibrated = calibrate(str(digits_model), str(digits_data.calibration), recipe, device="cpu")
+    chosen = {
+        rank
+        for reduction in np.arange(0.2, 0.5, 0.01)
+        for rank in recipe_ranks(
+            calibrated.dense, calibrated.candidates, calibrated.embedding, replace(recipe, reduction=float(reduction))
+        ).bypass_ranks
+    }
+    assert 1 not in chosen
+    assert max(chosen) > 1

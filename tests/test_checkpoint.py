@@ -399,7 +399,7 @@ def test_card_metadata():
 def test_card_numbers():
     card = model_card(RECORD)
     assert "| parameters | 0.01 M | 0.01 M | -40.0 % |" in card
-    assert "| FLOPs of one image | 10.00 G | 7.00 G | -30.0 % |" in card
+    assert "| FLOPs of one image, last block for the tokens read | 10.00 G | 7.00 G | -30.0 % |" in card
     assert "top-1" not in card
     assert "- Accuracy: this checkpoint has not been evaluated" in card
     card = model_card({**RECORD, "evaluation": EVALUATION})

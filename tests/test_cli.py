@@ -157,6 +157,15 @@ def test_help_completion_and_a_mistyped_option_do_not_wait_for_torch(tmp_path):
     assert run(**completion, **without_torch).stdout.strip() == "sweep"
 
 
+def test_other_packages_that_are_run_as_modules_get_all_of_this_one(tmp_path):
+    package = tmp_path / "other"
+    package.mkdir()
+    (package / "__init__.py").write_text("from hf_vit_lowrank import compress\n")
+    (package / "train.py").write_text("from other import compress\nprint(compress.__name__, callable(compress))\n")
+    done = run(program=[sys.executable, "-m", "other.train"], cwd=tmp_path)
+    assert done.stdout == "compress True\n", done.stderr
+
+
 def test_a_sweep_reads_the_columns_that_are_named(digits_model, digits_data, tmp_path):
     data = load_dataset("parquet", data_files=str(digits_data.validation), split="train")
     rows, label = data[:48], data.features["label"]

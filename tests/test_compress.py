@@ -12,7 +12,7 @@ from datasets import ClassLabel, load_dataset
 
 import hf_vit_lowrank
 from hf_vit_lowrank.budget import recipe_ranks
-from hf_vit_lowrank.calibration import calibrate, held_back_agreement, held_back_divergence
+from hf_vit_lowrank.calibration import calibrate, held_back_agreement, held_back_divergence, training_share
 from hf_vit_lowrank.checkpoint import load_checkpoint
 from hf_vit_lowrank.compensation import drift
 from hf_vit_lowrank.compensation.closed_form import _refit_attention, compensate_closed_form
@@ -21,6 +21,7 @@ from hf_vit_lowrank.embeddings import embedded_by
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.evaluation import count_parameters, evaluate_classifier
 from hf_vit_lowrank.images import open_images
+from hf_vit_lowrank.presets import PRESETS
 from hf_vit_lowrank.rank_plan import plan_cost
 from hf_vit_lowrank.recipe import CompressionRecipe
 from hf_vit_lowrank.run_folder import RunFolder
@@ -181,6 +182,30 @@ def test_probing_is_part_of_the_time_expected():
         _expected(CompressionRecipe(reduction=0.5, probe=probe), 0.5, seconds) for probe in (False, True)
     )
     assert with_probes == {**without, "probes": 63.0}
+
+
+def test_a_plan_is_what_compress_comes_to_where_images_are_held_back(digits_model, digits_data):
+    recipe = replace(RECIPE, compensation="gradient", samples=64)
+    images = str(digits_data.calibration)
+    calibrated = calibrate(str(digits_model), images, recipe, hold_back=training_share(recipe), device="cpu")
+    planned = plan(str(digits_model), images, recipe, device="cpu")
+    ranks = ("query_key_ranks", "value_output_ranks", "mlp_widths")
+    made = recipe_ranks(calibrated.dense, calibrated.candidates, calibrated.embedding, recipe)
+    assert {name: planned["plan"][name] for name in ranks} == {name: getattr(made, name) for name in ranks}
+
+
+def test_presets_go_on_with_fewer_images_at_once(calibrated, monkeypatch):
+    sizes, whole = [], PRESETS["svd"]
+
+    def short_of_memory(inputs, limit):
+        sizes.append(inputs.images_at_once)
+        if len(sizes) < 3:
+            raise MemoryError
+        return whole(inputs, limit)
+
+    monkeypatch.setitem(PRESETS, "svd", short_of_memory)
+    build(calibrated, replace(RECIPE, preset="svd", compensation=None))
+    assert sizes == [8, 4, 2]
 
 
 def test_min_agreement_finds_a_size_between_its_neighbours(digits_model, digits_data):

@@ -456,6 +456,7 @@ def test_fault_18_output_is_the_source_or_not_empty(source, pictures, tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in source.iterdir()}
     assert "is the source" in failed(call(*compression(source, pictures, source, "--overwrite")), 2)
     assert "holds it" in failed(call(*compression(source, pictures, source.parent, "--overwrite")), 2)
+    assert "lies in it" in failed(call(*compression(source, pictures, source / "small")), 2)
     assert {path.name: path.stat().st_mtime_ns for path in source.iterdir()} == before
     (tmp_path / "mine.txt").write_text("mine")
     below = tmp_path / "mine.txt" / "out"
@@ -652,3 +653,9 @@ def test_fault_28_path_tricks(source, copied, compressed, pictures, tmp_path):
     (copied / "model.safetensors.index.json").write_text(json.dumps(index))
     said = failed(call(*compression(copied, pictures, tmp_path / "no")), 2)
     assert "names ../outside.safetensors, which is no .safetensors file beside it" in said
+    index = {"metadata": {}, "weight_map": dict.fromkeys(state, "../outside.bin")}
+    (copied / "model.safetensors.index.json").rename(copied / "pytorch_model.bin.index.json")
+    (copied / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    torch.save(state, tmp_path / "outside.bin")
+    said = failed(call(*compression(copied, pictures, tmp_path / "no", "--allow-pickle")), 2)
+    assert "names ../outside.bin, which is no .bin file beside it" in said

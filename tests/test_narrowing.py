@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.functional import layer_norm
 
-from hf_vit_lowrank import calibration
+from hf_vit_lowrank import calibration, narrowing
 from hf_vit_lowrank.budget import check_reachable, recipe_limit
 from hf_vit_lowrank.calibration import calibrate, held_back_divergence
 from hf_vit_lowrank.compress import build, compress
@@ -179,6 +179,14 @@ def test_principal_directions_hold_most_of_what_layer_norms_read(calibrated):
         for step in (1e-2, 0.3, 10.0):
             other = directions[:, :rank] + step * torch.randn(64, rank, generator=generator, dtype=torch.float64)
             assert held(torch.linalg.qr(other - other.mean(0))[0]) <= best * (1 + 1e-9)
+
+
+def test_a_failure_leaves_no_hook_behind(calibrated, monkeypatch):
+    model = calibrated.dense.model
+    monkeypatch.setattr(narrowing, "_confined_logits", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        stream_basis(model, calibrated.fitting[0], 48, 0, 8)
+    assert not any(module._forward_pre_hooks for module in model.modules())
 
 
 def test_learned_directions_are_nearer_to_the_dense_model(calibrated):

@@ -28,7 +28,7 @@ class LowRankViTConfig(PretrainedConfig):
     """A ViT/DeiT configuration plus the rank plan; it alone rebuilds every tensor shape.
 
     Args:
-        query_key_ranks: per layer and head, the inner size of the query-key product (at most the dense head size).
+        query_key_ranks: per layer and head, the inner size of the query-key product (the dense head size at full rank).
         value_output_ranks: per layer and head, the inner size of the value-output product; a head may have none left.
         mlp_widths: per layer, the number of hidden units of the MLP.
         factor_ranks: per layer, the ranks of the weights stored as a product of two, by name (`FACTORABLE`); a weight
