@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from datasets import load_dataset
@@ -20,7 +19,7 @@ from packaging.version import Version
 
 from hf_vit_lowrank import CompressionRecipe, compress
 from hf_vit_lowrank.checkpoint import RECORD
-from hf_vit_lowrank.errors import UserError
+from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.images import open_images
 from hf_vit_lowrank.space import GRADIO_VERSION, REQUIREMENTS, write_space
 from tests.test_cli import call
@@ -78,7 +77,7 @@ def test_a_model_of_the_hub_is_named_with_its_commit(checkpoint, tmp_path, monke
     }
     card = RepoCard.load(tmp_path / "space" / "README.md").data
     assert card.models == ["google/vit-base-patch16-224"]
-    monkeypatch.setattr("huggingface_hub.HfApi.model_info", lambda *_: SimpleNamespace(sha="newest"))
+    monkeypatch.setattr("hf_vit_lowrank.space.local_folder", lambda *_: (tmp_path, "newest"))
     dense, _ = write_space(str(checkpoint), tmp_path / "space", dense="org/dense")
     assert dense == {"title": "Dense", "repository": "org/dense", "revision": "newest"}
 
@@ -88,9 +87,9 @@ def test_bad_sources_are_one_sentence(checkpoint, digits_model, tmp_path):
         write_space(str(checkpoint), tmp_path / "space")
     with pytest.raises(UserError, match="no checkpoint folder"):
         write_space(str(digits_model), tmp_path / "space")
-    with pytest.raises(UserError, match="neither a folder"):
+    with pytest.raises(RunError, match="could not be reached"):
         write_space("nobody/nothing", tmp_path / "space")
-    with pytest.raises(UserError, match="--dense 'nobody/nothing' is neither"):
+    with pytest.raises(RunError, match="'nobody/nothing' is no folder here"):
         write_space(str(checkpoint), tmp_path / "space", dense="nobody/nothing")
     with pytest.raises(UserError, match="no safetensors"):
         write_space(str(checkpoint), tmp_path / "space", dense=str(tmp_path))

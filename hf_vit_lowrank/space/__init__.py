@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, SpaceCardData, hf_hub_download
+from huggingface_hub import SpaceCardData
 
-from ..checkpoint import RECORD, intact_record
-from ..errors import UserError, as_user_error
+from ..checkpoint import RECORD, intact_record, read_record
+from ..dense import local_folder
+from ..errors import UserError
 
 GRADIO_VERSION = "6.31.0"
 # As in pyproject.toml: what the two files of code in a checkpoint need.
@@ -34,6 +35,7 @@ def write_space(
 
     Raises:
         UserError: no such checkpoint; the hub does not give it out; it was made from a folder and `dense` is None.
+        RunError: the hub cannot be reached.
     """
     record, small = _compressed(source, revision)
     if dense is None and record["source"].get("revision") is None:
@@ -59,10 +61,8 @@ def _compressed(source: str, revision: str | None) -> tuple[dict[str, Any], dict
     """The record of the checkpoint, and where it is."""
     if Path(source).is_dir():
         return intact_record(Path(source)), {"folder": source}
-    with as_user_error(f"'{source}' is neither a folder with a checkpoint nor one that the hub gives out"):
-        commit = str(HfApi().model_info(source, revision=revision).sha)
-        file = hf_hub_download(source, RECORD, revision=commit)
-        return json.loads(Path(file).read_text(encoding="utf-8")), {"repository": source, "revision": commit}
+    folder, commit = local_folder(source, revision, [RECORD])
+    return read_record(folder), {"repository": source, "revision": str(commit)}
 
 
 def _dense(dense: str | None, source: dict[str, Any]) -> dict[str, str]:
@@ -70,8 +70,7 @@ def _dense(dense: str | None, source: dict[str, Any]) -> dict[str, str]:
         return {"repository": source["location"], "revision": source["revision"]}
     if Path(dense).is_dir():
         return {"folder": dense}
-    with as_user_error(f"--dense '{dense}' is neither a folder nor a model that the hub gives out"):
-        return {"repository": dense, "revision": str(HfApi().model_info(dense).sha)}
+    return {"repository": dense, "revision": str(local_folder(dense, None, ["config.json"])[1])}
 
 
 def _placed(entry: dict[str, str], space: Path, name: str, patterns: Sequence[str]) -> dict[str, str]:
