@@ -177,7 +177,7 @@ def _measure_all(
     for number, cell in enumerate(ordered, 1):
         calibrated = workshop.calibrated(cell.recipe) if cell.recipe else None
         try:
-            record = _measure(cell, workshop, batches)
+            record = _measure(cell, workshop, batches, store)
         except UserError:  # about the images or their classes, so the same for all cells
             raise
         except Exception as error:  # one method's fault must not cost the whole night
@@ -196,7 +196,7 @@ def _measure_all(
         workshop.runs.rmdir()
 
 
-def _measure(cell: Cell, workshop: _Workshop, batches: PreparedImages) -> dict[str, Any]:
+def _measure(cell: Cell, workshop: _Workshop, batches: PreparedImages, store: Store) -> dict[str, Any]:
     try:
         result = workshop.build(cell.recipe) if cell.recipe else None
     except UserError as error:  # this method does not get to this size
@@ -213,7 +213,9 @@ def _measure(cell: Cell, workshop: _Workshop, batches: PreparedImages) -> dict[s
         batches=batches,
     )
     if result and not cell.quantised:
-        workshop.write_card(cell, result.report, report.to_dict())
+        dense = store.read(Cell(DENSE, 0.0, None))
+        against = None if dense["failed"] else {name: dense[name] for name in ("top1", "top5")}
+        workshop.write_card(cell, result.report, {**report.to_dict(), "against": against})
     return {
         "parameters": count_parameters(plain) if cell.recipe else workshop.dense.parameters,
         "bytes": serialised_bytes(model),

@@ -73,6 +73,10 @@ def test_every_cell_is_measured(finished, digits_model, digits_data):
         assert record["parameters"] <= (1 - SIZE) * dense["parameters"]
         assert 4 * record["parameters"] <= record["bytes"] < dense["bytes"]
         assert record["flops"] < dense["flops"]
+        card = (output / "cards" / f"{name.replace('/', '+')}_{SIZE}.md").read_text()
+        assert (
+            f"| top-1 | {dense['top1']:.2f} % | {record['top1']:.2f} % | {record['top1'] - dense['top1']:+.2f}" in card
+        )
     # The compressed model is what was measured: plain SVD is ruined at this size, ours is not.
     assert records["svd", SIZE]["top1"] < 85 < records["mixed-rank/closed-form", SIZE]["top1"] <= dense["top1"] + 2
     written = json.loads((output / "accuracy.json").read_text())
