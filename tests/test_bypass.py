@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from hf_vit_lowrank.budget import recipe_ranks
+from hf_vit_lowrank.allocation import ErrorCurve
 from hf_vit_lowrank.calibration import calibrate
+from hf_vit_lowrank.candidates.block import UnitCosts
 from hf_vit_lowrank.candidates.bypass import bypass_candidate
 from hf_vit_lowrank.compress import build
 from hf_vit_lowrank.evaluation import count_parameters
+from hf_vit_lowrank.rank_plan import choose_ranks
 from hf_vit_lowrank.recipe import CompressionRecipe
 
 WIDTH, SIZE, KEPT = 9, 4, torch.tensor([0, 3, 4])
@@ -94,16 +96,18 @@ def test_some_bypass_pays_on_the_digits(calibrated):
     assert ranks[-1] == 0  # there only one token an image counts
 
 
-def test_no_bypass_has_a_single_dimension(digits_model, digits_data):
+def test_no_bypass_has_a_single_dimension():
     """Where 8-bit weights need two."""
-    recipe = CompressionRecipe(reduction=0.5, samples=128, compensation="none", rank_multiple=1)
-    calibrated = calibrate(str(digits_model), str(digits_data.calibration), recipe, device="cpu")
-    chosen = {
-        rank
-        for reduction in np.arange(0.2, 0.5, 0.01)
-        for rank in recipe_ranks(
-            calibrated.dense, calibrated.candidates, calibrated.embedding, replace(recipe, reduction=float(reduction))
-        ).bypass_ranks
-    }
-    assert 1 not in chosen
-    assert max(chosen) > 1
+
+    def bypasses(*errors):
+        heads = SimpleNamespace(head_ranks=lambda size: [size])
+        block = SimpleNamespace(
+            query_key=heads,
+            value_output=heads,
+            curves=lambda *_: [ErrorCurve(np.array([4.0, 3.0, 2.0, 1.0, 0.0]), 10)] * 3,
+            bypass_curve=lambda *_: ErrorCurve(np.array(errors), 4, smallest=0),
+        )
+        return choose_ranks([block], [UnitCosts(10, 10, 10, 4)], 65, 1.0, 1).bypass_ranks
+
+    assert bypasses(3.0, 1.0, 0.99) == [0]
+    assert bypasses(3.0, 1.0, 0.0) == [2]
