@@ -72,8 +72,9 @@ def parse_reductions(text: str) -> list[float]:
 
 
 def refuse_source(output: Path, source: str) -> None:
-    target, folder = output.resolve(), Path(source).resolve()
-    if folder.exists() and (target == folder or target in folder.parents or folder in target.parents):
+    from .disk import overlap
+
+    if Path(source).exists() and overlap(output, source):
         raise UserError(
             f"--output '{output}' is the source, holds it or lies in it, and the source is never written to."
         )

@@ -91,11 +91,12 @@ def write_digits_data(folder: Path) -> tuple[Path, Path]:
     """Write the two parts as train.parquet and test.parquet into a folder, but for what is there; gives both paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = folder / "train.parquet", folder / "test.parquet"
-    for path, part in zip(paths, ("train", "test"), strict=True):
-        if not path.exists():
-            temporary = path.with_suffix(".tmp")
-            digits_data()[part].to_parquet(temporary)
-            temporary.replace(path)
+    missing = [path for path in paths if not path.exists()]
+    parts = digits_data() if missing else {}
+    for path in missing:
+        temporary = path.with_suffix(".tmp")
+        parts[path.stem].to_parquet(temporary)
+        temporary.replace(path)
     return paths
 
 

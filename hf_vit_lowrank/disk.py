@@ -25,3 +25,9 @@ def require_room(folder: Path, needed: int, what: str) -> None:
             f"The disk of '{folder}' has {free / 1e6:.0f} MB free, but {what} needs {needed / 1e6:.0f} MB: make room, "
             "or choose another disk."
         )
+
+
+def overlap(first: str | Path, second: str | Path) -> bool:
+    """Whether one of two paths is the other, holds it or lies in it."""
+    one, other = Path(first).resolve(), Path(second).resolve()
+    return one == other or one in other.parents or other in one.parents

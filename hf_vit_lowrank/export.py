@@ -16,6 +16,7 @@ from transformers.activations import ACT2FN
 
 from .checkpoint import PREPROCESSOR, check_target, find_record, save_checkpoint
 from .dense_layout import to_transformers, why_not_uniform
+from .disk import overlap
 from .embeddings import whole_positions, whole_projection
 from .errors import RunError, UserError, as_user_error, reason
 from .evaluation import count_flops, count_parameters, load_classifier
@@ -224,8 +225,7 @@ def _bias(block: dict[str, Tensor], name: str) -> Tensor:
 
 def _opened(folder: str | Path, output: str | Path, overwrite: bool) -> tuple[LowRankViTForImageClassification, Any]:
     """The classifier and the image processor of a folder, after a look at where the export is to go."""
-    source, target = Path(folder).resolve(), Path(output).resolve()
-    if target == source or target in source.parents or source in target.parents:
+    if overlap(folder, output):
         raise UserError(f"'{output}' is the checkpoint itself, holds it or lies in it: choose another folder.")
     check_target(output, 0, overwrite=overwrite)
     model, image_processor = _loaded(folder)

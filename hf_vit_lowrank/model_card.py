@@ -237,9 +237,8 @@ def _rows(record: dict[str, Any]) -> list[dict[str, str]]:
         _row("weights in float32", 4 * dense_parameters, 4 * parameters, lambda size: f"{size / 1e6:.1f} MB"),
     ]
     if record.get("flops") and record.get("dense_flops"):
-        figures = record["dense_flops"], record["flops"]
-        flops = _row(flops_title(record.get("remote_code", True)), *figures, lambda count: f"{count / 1e9:.2f} G")
-        rows.append(flops)
+        title, figures = f"FLOPs of one image{flops_scope(record)}", (record["dense_flops"], record["flops"])
+        rows.append(_row(title, *figures, lambda count: f"{count / 1e9:.2f} G"))
     evaluation = record.get("evaluation") or {}
     for name, key in (("top-1", "top1"), ("top-5", "top5")):
         small, dense = evaluation.get(key), (evaluation.get("against") or {}).get(key)
@@ -249,9 +248,10 @@ def _rows(record: dict[str, Any]) -> list[dict[str, str]]:
     return rows
 
 
-def flops_title(remote_code: bool) -> str:
-    """`evaluate` counts the dense model's as transformers computes it, every token in the last block."""
-    return "FLOPs of one image" + ", last block for the tokens read" * remote_code
+def flops_scope(record: dict[str, Any]) -> str:
+    """To say behind FLOPs of a record. `evaluate` counts the dense model's as transformers computes it, every token in
+    the last block."""
+    return ", last block for the tokens read" * record.get("remote_code", True)
 
 
 def _row(name: str, dense: float, small: float, written: Any) -> dict[str, str]:

@@ -19,7 +19,7 @@ from .checkpoint import small_record
 from .errors import as_user_error
 from .evaluation import evaluate_classifier, load_classifier
 from .images import ImageStream
-from .model_card import flops_title, image_options, without_folders
+from .model_card import flops_scope, image_options, without_folders
 from .rank_plan import stream_left
 from .recipe import CompressionRecipe
 
@@ -98,7 +98,7 @@ def _tiles(record: dict[str, Any], evaluation: dict[str, Any] | None) -> list[di
     tiles = [
         _ratio("parameters", record["dense_parameters"], record["parameters"], _short),
         _ratio("float32 weights", record["dense_parameters"], record["parameters"], lambda n: f"{_short(4 * n)}B"),
-        _ratio(flops_title(record.get("remote_code", True)), record["dense_flops"], record["flops"], _short),
+        _ratio(f"FLOPs of one image{flops_scope(record)}", record["dense_flops"], record["flops"], _short),
     ]
     if evaluation is None:
         return tiles

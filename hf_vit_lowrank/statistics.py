@@ -212,18 +212,10 @@ def collect_statistics(
     layers = range(config.num_hidden_layers) if layers is None else layers
     heads, head_size = config.num_attention_heads, config.query_key_ranks[0][0]
     statistics = [BlockStatistics.zeros(heads, head_size, config.hidden_size, config.intermediate_size) for _ in layers]
-    generator = torch.Generator().manual_seed(seed)
-    for number, batch in enumerate(embeddings):
-        if number == 0:
-            others, whole_batch = processes.index(), max(processes.gather(len(batch)))
-        label_draws(others * whole_batch, config.num_labels or 0, generator)  # those of the other processes' batches
-        others = processes.count() - 1
-        draws = label_draws(len(batch), config.num_labels or 0, generator)
-        size = images_at_once or len(batch)
-        for part, part_draws in zip(batch.split(size), draws.split(size), strict=True):
-            traces = _traced_backward(model, part, part_draws, precision, layers)
-            for block_statistics, trace in zip(statistics, traces, strict=True):
-                _add(block_statistics, trace, config.num_tokens_read)
+    for part, draws in with_draws(embeddings, config.num_labels or 0, seed, images_at_once, shared=True):
+        traces = _traced_backward(model, part, draws, precision, layers)
+        for block_statistics, trace in zip(statistics, traces, strict=True):
+            _add(block_statistics, trace, config.num_tokens_read)
     if statistics[0].images == 0:
         raise RunError("No calibration image was seen: the calibration data are empty.")
     for block_statistics in statistics:
@@ -297,13 +289,20 @@ def label_draws(images: int, classes: int, generator: torch.Generator) -> Tensor
 
 
 def with_draws(
-    batches: Iterable[Tensor], classes: int, seed: int, images_at_once: int
+    batches: Iterable[Tensor], classes: int, seed: int, images_at_once: int | None, shared: bool = False
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The parts of batches, of so many images, and the draws of their labels: the same in parts of any size."""
+    """The parts of batches, of so many images (None: whole), and the draws of their labels: the same in parts of any
+    size and, of batches that are `shared` out among processes, in any number of those."""
     generator = torch.Generator().manual_seed(seed)
-    for batch in batches:
+    for number, batch in enumerate(batches):
+        if shared:
+            if number == 0:
+                whole_batch = max(processes.gather(len(batch)))
+            others = processes.count() - 1 if number else processes.index()
+            label_draws(others * whole_batch, classes, generator)  # those of the other processes' batches
         draws = label_draws(len(batch), classes, generator)
-        yield from zip(batch.split(images_at_once), draws.split(images_at_once), strict=True)
+        size = images_at_once or len(batch)
+        yield from zip(batch.split(size), draws.split(size), strict=True)
 
 
 def drawn_label_loss(logits: Tensor, draws: Tensor) -> Tensor:

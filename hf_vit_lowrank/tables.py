@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .model_card import flops_scope
 from .rank_plan import stream_left
 
 BYTES_PER_PARAMETER = 4  # checkpoints are written in float32
@@ -129,9 +130,7 @@ def _sizes(report: dict[str, Any]) -> Table:
     flops = [report["dense_flops"], report["flops"]]
     table.add_row("parameters", *(f"{size:,}" for size in sizes), _change(*sizes))
     table.add_row("MB in float32", *(_megabytes(BYTES_PER_PARAMETER * size) for size in sizes), _change(*sizes))
-    # `evaluate` counts the dense model's as transformers computes it, every token in the last block.
-    title = "MFLOPs per image" + ", last block for the tokens read" * report["remote_code"]
-    table.add_row(title, *(_millions(count) for count in flops), _change(*flops))
+    table.add_row(f"MFLOPs per image{flops_scope(report)}", *(_millions(count) for count in flops), _change(*flops))
     return table
 
 
