@@ -108,6 +108,7 @@ def serve() -> Iterator[Hub]:
 class _Handler(BaseHTTPRequestHandler):
     hub: Hub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each answer waits 40 ms for its headers to be acknowledged
 
     def log_message(self, *_: Any) -> None:
         pass

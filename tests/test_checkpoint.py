@@ -456,6 +456,7 @@ def test_hostile_names_stay_text():
     assert "```` a`b`` ``` <script>" in outside  # a code span with a longer fence than its text
 
 
+@pytest.mark.slow
 def test_snippet_runs_as_it_stands(save, model, tmp_path: Path):
     card = model_card(RECORD)
     folder = save(tmp_path / "out", card=card)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import time
 from dataclasses import replace
@@ -222,7 +223,8 @@ def test_min_agreement_finds_a_size_between_its_neighbours(digits_model, digits_
     assert 0 < sum(result.report["seconds"].values()) < whole
 
 
-def test_an_agreement_finer_than_an_image_is_warned_of(digits_model, digits_data, caplog):
+def test_an_agreement_finer_than_an_image_is_warned_of(digits_model, digits_data, caplog, monkeypatch):
+    monkeypatch.setattr(importlib.import_module("hf_vit_lowrank.compress"), "SMALLEST_STEP", 1.0)  # no search
     recipe = CompressionRecipe(min_agreement=0.99, samples=32)
     compress(str(digits_model), str(digits_data.calibration), recipe, device="cpu")
     assert "6 images are held back, so that an agreement of 0.99 is one of all of them" in caplog.text

@@ -16,13 +16,14 @@ import torch
 from datasets import Dataset, load_dataset
 from safetensors.torch import load_file
 
-from hf_vit_lowrank import CompressionRecipe
+from hf_vit_lowrank import CompressionRecipe, compress
 from hf_vit_lowrank.dense import load_dense
 from hf_vit_lowrank.image_sources import ImageSource
 from hf_vit_lowrank.images import Share, open_images
 from hf_vit_lowrank.memory import memory_plan
 
 COMMAND = ("compress", "{source}", "--calibration", "{images}", "--samples", "150", "--reduction", "0.6", "--quiet")
+RECIPE = CompressionRecipe(reduction=0.6, samples=150)  # the command's
 LIMIT = "1020000000"  # bytes
 # One thread each. Open MPI refuses to be started by root, as containers do, unless it is told twice.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -68,10 +69,9 @@ def assert_the_same(one, other):
 
 @pytest.fixture(scope="module")
 def alone(digits_model, digits_data, tmp_path_factory):
-    """Made by one process."""
+    """Made by one process, this one."""
     output = tmp_path_factory.mktemp("alone") / "out"
-    arguments = [part.format(source=digits_model, images=digits_data.calibration) for part in COMMAND]
-    run(["-m", "hf_vit_lowrank", *arguments, "--output", str(output)])
+    compress(str(digits_model), str(digits_data.calibration), RECIPE, device="cpu").save_pretrained(output)
     return outcome(output)
 
 
@@ -194,5 +194,5 @@ def test_two_processes_make_what_one_makes_with(options, digits_model, digits_da
 
 
 def test_that_limit_is_one(digits_model):
-    config, recipe = load_dense(str(digits_model)).model.config, CompressionRecipe(reduction=0.6, samples=150)
-    assert memory_plan(config, recipe, recipe.batch_size, int(LIMIT)).batch_size < recipe.batch_size
+    config = load_dense(str(digits_model)).model.config
+    assert memory_plan(config, RECIPE, RECIPE.batch_size, int(LIMIT)).batch_size < RECIPE.batch_size

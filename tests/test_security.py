@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import os
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 from test_faults import call, compression, make_pictures, make_source, record_of, succeeded
 
 from hf_vit_lowrank import remote
@@ -54,13 +52,15 @@ def echoing_hub() -> Iterator[tuple[str, list[str]]]:
     server.server_close()
 
 
-def test_tokens_are_in_no_message_and_no_traceback(echoing_hub, tmp_path):
+def test_tokens_are_in_no_message_and_no_traceback(echoing_hub, tmp_path, monkeypatch):
     address, seen = echoing_hub
-    environment = {**os.environ, "HF_ENDPOINT": address, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0"}
-    environment |= {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    arguments = compression("owner/model", make_pictures(tmp_path / "pictures", 1), tmp_path / "out", "--debug")
-    command = [sys.executable, "-m", "hf_vit_lowrank", *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    pictures = make_pictures(tmp_path / "pictures", 1)
+    done = call(*compression("owner/model", pictures, tmp_path / "out", "--debug"))
     assert f"Bearer {TOKEN}" in seen
     assert done.returncode == 2
     assert "Traceback" in done.stderr

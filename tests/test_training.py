@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
@@ -55,18 +56,35 @@ def closed_form(calibrated):
 
 
 @pytest.fixture(scope="module")
-def trained(calibrated):
-    return build(calibrated, RECIPE)
+def run_folder(tmp_path_factory):
+    """What `trained` leaves of its run: the blocks, from which a distillation can go on."""
+    return tmp_path_factory.mktemp("training") / "run"
 
 
 @pytest.fixture(scope="module")
-def distilled(calibrated):
-    return build(calibrated, DISTILL)
+def trained(calibrated, run_folder):
+    return build(calibrated, RECIPE, run=RunFolder(run_folder))
 
 
 @pytest.fixture(scope="module")
-def shortly_distilled(calibrated):
-    return build(calibrated, SHORT)
+def distilled_by(calibrated, trained, run_folder, tmp_path_factory):
+    """Distils by a recipe behind `trained`, whose blocks need not be trained again."""
+
+    def distil(recipe):
+        copied = shutil.copytree(run_folder, tmp_path_factory.mktemp("distillation") / "run")
+        return build(calibrated, recipe, run=RunFolder(copied))
+
+    return distil
+
+
+@pytest.fixture(scope="module")
+def distilled(distilled_by):
+    return distilled_by(DISTILL)
+
+
+@pytest.fixture(scope="module")
+def shortly_distilled(distilled_by):
+    return distilled_by(SHORT)
 
 
 def test_training_block_by_block_brings_the_model_nearer_to_the_dense_one(calibrated, closed_form, trained):
@@ -88,8 +106,8 @@ def test_distillation_brings_it_nearer_still(calibrated, trained, distilled):
     assert record["after"] == pytest.approx(after, rel=1e-4)
 
 
-def test_the_same_seed_gives_the_same_bits(calibrated, shortly_distilled):
-    again = build(calibrated, SHORT)
+def test_the_same_seed_gives_the_same_bits(distilled_by, shortly_distilled):
+    again = distilled_by(SHORT)
     state = again.model.state_dict()
     assert again.report["distillation"] == shortly_distilled.report["distillation"]
     assert all(torch.equal(tensor, state[name]) for name, tensor in shortly_distilled.model.state_dict().items())
@@ -227,8 +245,8 @@ def test_some_tokens_stand_for_all(calibrated):
     torch.testing.assert_close(torch.stack(errors).mean(), error(outputs, targets))
 
 
-def test_distillation_that_only_harms_leaves_the_start(calibrated, trained):
-    result = build(calibrated, replace(DISTILL, distill_epochs=1, distill_lr=100.0))
+def test_distillation_that_only_harms_leaves_the_start(distilled_by, trained):
+    result = distilled_by(replace(DISTILL, distill_epochs=1, distill_lr=100.0))
     assert (result.report["distillation"]["kept"], result.report["distillation"]["share"]) == (False, 0.0)
     start = trained.model.state_dict()
     assert all(torch.equal(tensor, start[name]) for name, tensor in result.model.state_dict().items())
@@ -249,16 +267,16 @@ def test_of_the_way_to_distilled_weights_the_best_share_is_gone(nearest, expecte
     torch.testing.assert_close(end.weight.detach(), before["weight"].lerp(after["weight"], expected))
 
 
-def test_distillation_that_ends_in_no_numbers_is_still_a_record(calibrated, caplog):
-    result = build(calibrated, replace(DISTILL, distill_epochs=1, distill_lr=1e9))
+def test_distillation_that_ends_in_no_numbers_is_still_a_record(distilled_by, caplog):
+    result = distilled_by(replace(DISTILL, distill_epochs=1, distill_lr=1e9))
     assert json.loads(json.dumps(result.report["distillation"], allow_nan=False))["curve"][-1][1] is None
     assert result.report["distillation"]["kept"] is False
     assert "its rate 1e+09 is too high" in caplog.text
     show_compression(result.report, Path("out"))
 
 
-def test_labels_are_learnt_from(calibrated, shortly_distilled):
-    labelled = build(calibrated, replace(SHORT, labels=True))
+def test_labels_are_learnt_from(distilled_by, shortly_distilled):
+    labelled = distilled_by(replace(SHORT, labels=True))
     assert labelled.report["distillation"]["curve"][-1] != shortly_distilled.report["distillation"]["curve"][-1]
 
 
@@ -312,7 +330,7 @@ def test_a_grayscale_model_gets_grayscale_views():
 
 
 def test_distillation_goes_on_with_parts_of_a_batch_where_memory_is_short(
-    calibrated, shortly_distilled, monkeypatch, caplog
+    distilled_by, shortly_distilled, monkeypatch, caplog
 ):
     forward = LowRankViTForImageClassification.forward
 
@@ -322,12 +340,12 @@ def test_distillation_goes_on_with_parts_of_a_batch_where_memory_is_short(
         return forward(self, pixel_values, **options)
 
     monkeypatch.setattr(LowRankViTForImageClassification, "forward", short_of_memory)
-    result = build(calibrated, SHORT)
+    result = distilled_by(SHORT)
     assert "once more with 8" in caplog.text
     curves = [dict(one.report["distillation"]["curve"]) for one in (result, shortly_distilled)]
     assert curves[0] == pytest.approx(curves[1], rel=0.1)  # bfloat16
 
 
-def test_gradient_checkpointing_changes_nothing_but_memory(calibrated, shortly_distilled):
-    result = build(calibrated, replace(SHORT, gradient_checkpointing=True))
+def test_gradient_checkpointing_changes_nothing_but_memory(distilled_by, shortly_distilled):
+    result = distilled_by(replace(SHORT, gradient_checkpointing=True))
     assert result.report["distillation"] == shortly_distilled.report["distillation"]
