@@ -14,18 +14,12 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from .dense_layout import SHARED_FIELDS, from_transformers
 from .errors import RunError, UserError, as_user_error, reason
+from .hub_errors import one_sentence
 from .model_card import read_card
 from .pixels import load_image_processor
 from .remote.configuration_lowrank_vit import LowRankViTConfig
@@ -67,7 +61,7 @@ def load_dense(source: str, *, revision: str | None = None, allow_pickle: bool =
         RunError: the hub cannot be reached.
     """
     folder, commit = local_folder(source, revision, (*DENSE_FILES, "*.bin") if allow_pickle else DENSE_FILES)
-    architecture = _checked_architecture(folder, source)
+    architecture = _source_architecture(folder, source)
     dense = _load_transformers(folder, source, architecture, allow_pickle)
     preprocessor = folder / "preprocessor_config.json"
     model = from_transformers(dense)
@@ -92,7 +86,7 @@ def dense_parameters(source: str, *, revision: str | None = None) -> int:
         RunError: the hub cannot be reached.
     """
     folder, _ = local_folder(source, revision, ("*.json",))
-    architecture = _checked_architecture(folder, source)
+    architecture = _source_architecture(folder, source)
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     return _size(getattr(transformers, architecture), config)
 
@@ -128,24 +122,14 @@ def local_folder(source: str, revision: str | None, files: Sequence[str]) -> tup
             raise UserError(f"'{source}' is a folder, so --revision {revision} has no meaning: leave it out.")
         return path, None
     try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
-    except HFValidationError as error:
-        raise UserError(f"'{source}' is neither a folder nor a hub id of the form 'owner/name'.") from error
-    except RepositoryNotFoundError as error:
-        raise UserError(f"'{source}' is neither a folder here nor a model on the hub (or needs a token).") from error
-    except RevisionNotFoundError as error:
-        raise UserError(f"'{source}' has no revision '{revision}': name a branch, tag or commit of it.") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        response = getattr(error.__cause__ or error, "response", None)
-        refused = response is not None and 400 <= response.status_code < 500
-        raise (UserError if refused else RunError)(
-            f"'{source}' is no folder here, and the hub could not be reached ({reason(error)}): give the folder, or "
-            "the same command later."
-        ) from error
+        with one_sentence(source, None):
+            folder = Path(snapshot_download(source, revision=revision, allow_patterns=list(files)))
+    except (UserError, RunError) as error:
+        raise type(error)(f"'{source}' is no folder here; and as a repository: {error}") from error
     return folder, folder.name
 
 
-def _checked_architecture(folder: Path, source: str) -> str:
+def _source_architecture(folder: Path, source: str) -> str:
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"'{source}' has no config.json, so it is no Hugging Face checkpoint.")

@@ -9,39 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
-import textwrap
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token, snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 
-from .checkpoint import CARD, CHECKPOINT_FILES, RECORD, file_sha256, intact_record
+from .checkpoint import CARD, RECORD, file_sha256, intact_record
 from .errors import RunError, UserError
+from .hub_errors import AGAIN, asked_wait, one_sentence, passes
 from .model_card import pin, pinned_revision
 
 logger = logging.getLogger(__name__)
 
 # Seconds before another try where the hub is busy, cuts the connection, or took a commit of somebody else.
 WAITS = (1, 2, 4)
-_PASSING = (409, 412, 429, 500, 502, 503, 504)
-# The longest time for which the hub may ask us to wait.
-_LONGEST_WAIT = 300
-_AGAIN = "the same command again completes it"
-# The base of all errors of the HTTP client that this release of huggingface_hub uses (requests, httpx, …).
-_CLIENT_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 @dataclass(frozen=True)
@@ -97,14 +83,8 @@ def push_folder(
         RunError: the hub failed or could not be reached, or a file there differs from what was sent.
     """
     push = _Push(Path(folder), repo_id, revision, create_pr, token)
-    with _one_sentence(repo_id, token):
+    with one_sentence(repo_id, token):
         return push.run(private, dry_run)
-
-
-def download_checkpoint(repo_id: str, *, revision: str | None = None) -> Path:
-    """The folder of the hub's cache with the files of a checkpoint. Raises as `push_folder` does."""
-    with _one_sentence(repo_id, None):
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(CHECKPOINT_FILES)))
 
 
 class _Push:
@@ -133,9 +113,9 @@ class _Push:
                 before = self._look()
                 return self._report(before, self._send(before), dry_run=False)
             except Exception as error:
-                if wait is None or not _passes(error):
+                if wait is None or not passes(error):
                     raise
-                wait = max(wait, _asked_wait(error))
+                wait = max(wait, asked_wait(error))
                 logger.warning("the hub is busy: another try in %d s", wait)
                 time.sleep(wait)
         raise AssertionError("the last try returns or raises")
@@ -235,7 +215,7 @@ class _Push:
             if not remote.has(name, content):
                 raise RunError(
                     f"{name} in '{self.repo_id}' is not as it was sent (its hash differs, or the repository ignores "
-                    f"it): {_AGAIN}."
+                    f"it): {AGAIN}."
                 )
 
     def _report(self, before: _Remote, commit: str | None, *, dry_run: bool) -> PushReport:
@@ -280,80 +260,3 @@ def _git_hash(content: Path | bytes) -> str:
     """Of a git blob; large files are not asked for it, so the content is small."""
     data = content if isinstance(content, bytes) else content.read_bytes()
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-
-
-# ---------------------------------------------------------------------------------------------------------- the errors
-
-
-@contextmanager
-def _one_sentence(repo_id: str, token: str | None) -> Iterator[None]:
-    """What the hub and its client raise, as our errors; without the token, should the hub have sent it back."""
-    try:
-        yield
-    except (_CLIENT_ERROR, OSError, ValueError, RuntimeError) as error:
-        kind, sentence = _verdict(_root(error), repo_id)
-        for secret in (token, get_token()):
-            sentence = sentence.replace(secret.strip(), "(token)") if secret else sentence
-        # No chain: a traceback, too, would show what the hub sent back.
-        raise kind(sentence) from None
-
-
-def _verdict(error: BaseException, repo_id: str) -> tuple[type[UserError | RunError], str]:
-    status, said = _status(error), _said(error)
-    if isinstance(error, HFValidationError):
-        return UserError, f"'{repo_id}' is no repository of the hub: it must be of the form 'owner/name'."
-    if isinstance(error, OfflineModeIsEnabled):
-        return UserError, "The hub is switched off by the variable HF_HUB_OFFLINE: unset it."
-    if isinstance(error, RevisionNotFoundError):
-        return UserError, f"'{repo_id}' has no such revision: name a branch, tag or commit that is there."
-    if isinstance(error, RepositoryNotFoundError):
-        return UserError, f"'{repo_id}' is not on the hub, or this token may not see it: check the name and the token."
-    if status == 401:
-        return UserError, f"The hub does not take the token ({said}): log in again with `hf auth login`."
-    if status == 403:
-        return UserError, f"This token may not write to '{repo_id}' ({said}): use one that may, or a pull request."
-    if status in (409, 412):
-        return RunError, f"Somebody else keeps changing '{repo_id}' ({said}): {_AGAIN}."
-    if status == 429:
-        return RunError, f"The hub takes no more requests for now ({said}): later, {_AGAIN}."
-    if status is not None and status >= 500:
-        return RunError, f"The hub failed ({said}): {_AGAIN}."
-    if status is not None or isinstance(error, ValueError):
-        return UserError, f"The hub refuses '{repo_id}' ({said})."
-    return RunError, f"The hub could not be reached, or broke off ({said}): {_AGAIN}."
-
-
-def _root(error: BaseException) -> BaseException:
-    """What happened in one of the client's threads comes wrapped up."""
-    return error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-
-
-def _said(error: BaseException) -> str:
-    status, message = _status(error), getattr(error, "server_message", None)
-    said = " ".join((message or str(error)).split()).rstrip(".") if message or status is None else ""
-    said = textwrap.shorten(said, 300, placeholder=" …") or type(error).__name__
-    return said if status is None else f"{status}: {said}" if message else str(status)
-
-
-def _status(error: BaseException) -> int | None:
-    response = getattr(error, "response", None) if isinstance(error, HfHubHTTPError) else None
-    return None if response is None else response.status_code
-
-
-def _passes(error: Exception) -> bool:
-    """Whether the same request may work in a moment."""
-    root = _root(error)
-    status = _status(root)
-    if status is not None:
-        return status in _PASSING
-    return isinstance(root, (_CLIENT_ERROR, OSError)) and not isinstance(root, OfflineModeIsEnabled)
-
-
-def _asked_wait(error: Exception) -> int:
-    """Seconds that the hub asks to wait."""
-    response = getattr(_root(error), "response", None)
-    headers = {} if response is None else response.headers
-    asked = re.search(r"^\d+$", headers.get("Retry-After", "")) or re.search(
-        r"(?<=;t=)\d+", headers.get("RateLimit", "")
-    )
-    return min(int(asked.group()), _LONGEST_WAIT) if asked else 0

@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from .checkpoint import CARD, CODE, WEIGHTS, changed_files, file_sha256, probe_logits, read_record
-from .errors import RunError, UserError, as_user_error, reason
-from .hub import download_checkpoint
+from .checkpoint import CARD, CHECKPOINT_FILES, CODE, WEIGHTS, changed_files, file_sha256, probe_logits, read_record
+from .dense import local_folder
+from .errors import as_user_error, reason
 from .model_card import unpin
 
 # Part of the largest stored logit, or of 1, by which a logit may differ. The probe runs in float64, so that machines
@@ -53,12 +53,7 @@ def verify_checkpoint(checkpoint: str, *, revision: str | None = None) -> Verifi
 
     Raises UserError where there is no checkpoint of this package, RunError where the hub failed.
     """
-    folder = Path(checkpoint)
-    if not folder.is_dir():
-        try:
-            folder = download_checkpoint(checkpoint, revision=revision)
-        except (UserError, RunError) as error:
-            raise type(error)(f"'{checkpoint}' is no folder here; and as a repository: {error}") from error
+    folder, _ = local_folder(checkpoint, revision, CHECKPOINT_FILES)
     record = read_record(folder)
     steps: dict[str, Callable[[Path, dict[str, Any]], tuple[bool, str]]] = {
         "files": _files,

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from transformers import (
     DeiTConfig,
@@ -317,7 +318,16 @@ def test_names_that_lead_nowhere(folder: Path):
     with pytest.raises(UserError, match="is a folder, so --revision main has no meaning"):
         load_dense(str(folder), revision="main")
     shutil.rmtree(folder)
-    with pytest.raises(UserError, match="neither a folder nor a hub id"):
+    with pytest.raises(UserError, match="is no folder here; and as a repository"):
         load_dense(str(folder))
-    with pytest.raises(RunError, match="the hub could not be reached"):
+    with pytest.raises(UserError, match=r"is no folder here; .* switched off by the variable HF_HUB_OFFLINE"):
         load_dense("nobody/nothing-of-this-name")
+
+
+def test_a_hub_that_fails_is_no_bad_input(monkeypatch):
+    def failing(*_: object, **__: object) -> None:
+        raise LocalEntryNotFoundError("no local copy") from ConnectionError("reset by peer")
+
+    monkeypatch.setattr("hf_vit_lowrank.dense.snapshot_download", failing)
+    with pytest.raises(RunError, match=r"is no folder here; .* could not be reached, or broke off \(reset by peer\)"):
+        load_dense("owner/name")

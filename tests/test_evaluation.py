@@ -281,7 +281,7 @@ def test_classifiers_load_whole(tmp_path, make):
 
 
 def test_what_is_no_classifier_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"'.*missing' is neither a folder"):
+    with pytest.raises(UserError, match=r"'.*missing' is no folder here"):
         load_classifier(str(tmp_path / "missing"))
     encoder = saved(ViTModel(ViTConfig(**(SIZES | IMAGES))), tmp_path / "encoder")
     with pytest.raises(UserError, match="holds ViTModel; supported are LowRankViTForImageClassification, ViTFor"):

@@ -317,7 +317,7 @@ def call(*arguments: object) -> tuple[int, str, str]:
 CASES: dict[str, tuple[dict[str, Any], int, str]] = {
     "no token": ({"token": None}, 2, "needs a token: run `hf auth login`"),
     "wrong token": ({"token": "hf_wrongWrongWrongWrongWrongWrongWrong"}, 2, "does not take the token"),
-    "no right to make": ({"token": READ}, 2, f"may not write to '{REPOSITORY}'"),
+    "no right to make": ({"token": READ}, 2, f"may not do that with '{REPOSITORY}'"),
     "no right to write": ({"token": READ, "make": True}, 2, "you have no write access"),
     "no repository for a pull request": ({"options": ["--create-pr"]}, 2, f"'{REPOSITORY}' is not on the hub"),
     "no branch for a pull request": (
