@@ -8,9 +8,9 @@ from collections.abc import Callable
 HALVINGS = 60
 
 
-def last_that_fits(fits: Callable[[float], bool], inside: float, outside: float) -> float:
+def last_that_fits(fits: Callable[[float], bool], inside: float, outside: float, halvings: int = HALVINGS) -> float:
     """The value nearest to `outside`, which does not fit, that does, as `inside` does; between them it changes once."""
-    for _ in range(HALVINGS):
+    for _ in range(halvings):
         middle = (inside + outside) / 2
         if fits(middle):
             inside = middle

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator
 
-from .rank_plan import stream_left
+from .model_card import stream_left
 from .recipe import COMPENSATIONS, OURS
 from .remote.configuration_lowrank_vit import FACTORABLE
 

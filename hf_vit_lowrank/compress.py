@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,16 @@ import torch
 from torch import Tensor
 
 from . import processes
+from .bisection import last_that_fits
 from .budget import recipe_limit, recipe_ranks
 from .calibration import AGREEMENT_SHARE, NOWHERE, Calibrated, calibrate, held_back_agreement, training_share
 from .charts import plan_chart
 from .checkpoint import save_checkpoint
-from .compensation.gradient import EPOCHS
 from .compensation.steps import compensate, measured_drifts
 from .dense import not_finite
 from .dense_layout import to_transformers
 from .errors import RunError, UserError
+from .expected_time import expected_seconds
 from .hub import PushReport, push_folder
 from .images import ImageStream
 from .model_card import PICTURE, model_card
@@ -30,7 +30,7 @@ from .pivoting import pivoted
 from .presets import PRESETS
 from .probing import Weighed, probe_sizes
 from .rank_plan import plan_cost
-from .recipe import OURS, TRAINED, VIEWS, CompressionRecipe
+from .recipe import OURS, CompressionRecipe
 from .record import built_size, compression_record, planned_size, published
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
@@ -40,10 +40,8 @@ from .timing import timed
 
 logger = logging.getLogger(__name__)
 
-# The step that the search for --min-agreement ends at.
-SMALLEST_STEP = 0.01
-# Probing takes as long as that many refits (DeiT-tiny).
-PROBING = 9
+# Of the search for --min-agreement, which thus ends within a hundredth of the parameters.
+HALVINGS = 7
 
 
 @dataclass(frozen=True)
@@ -176,29 +174,9 @@ def plan(
     small = size["flops"] / plan_cost(dense.config, "flops")
     report["seconds"] = {
         **calibrated.seconds,
-        **{f"{stage}, expected": seconds for stage, seconds in _expected(recipe, small, calibrated.seconds).items()},
+        **{f"{stage}, expected": taken for stage, taken in expected_seconds(recipe, small, calibrated.seconds).items()},
     }
     return report
-
-
-def _expected(recipe: CompressionRecipe, small: float, seconds: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of what a plan leaves out, by stage; small: FLOPs of the smaller model as a share of the dense one's.
-
-    Statistics take as long as 3.5 forward passes, refits hardly less, probing as long as PROBING refits. Training is
-    three passes of the smaller model over the images and their views, half of that where it sees some tokens only, for
-    which the dense model is asked once: once in all, or once a view.
-    """
-    forward = seconds["statistics"] / 3.5
-    expected = {"surgery": seconds["candidates"]}
-    if recipe.compensation != "none":
-        expected["closed form"] = seconds["statistics"]
-    if recipe.probe:
-        expected["probes"] = PROBING * seconds["statistics"]
-    if recipe.compensation in TRAINED:
-        expected["training block by block"] = (1 + VIEWS) * (1 + 1.5 * EPOCHS * small) * forward
-    if recipe.compensation == "distill":
-        expected["distillation"] = recipe.distill_epochs * (1 + 3 * small) * forward
-    return expected
 
 
 def build(calibrated: Calibrated, recipe: CompressionRecipe, *, run: RunFolder = NOWHERE) -> CompressionResult:
@@ -284,18 +262,17 @@ def _smallest_agreeing(calibrated: Calibrated, recipe: CompressionRecipe, run: R
         return trial, agreement
 
     best, _ = attempt(0.0)
-    reached, missed = 0.0, 1.0
-    while missed - reached > SMALLEST_STEP:
-        middle = round((reached + missed) / 2, 4)
+
+    def agrees(reduction: float) -> bool:
+        nonlocal best
         try:
-            trial, agreement = attempt(middle)
+            trial, agreement = attempt(round(reduction, 4))
         except UserError:  # below the smallest ranks
-            missed = middle
-            continue
-        if agreement >= wanted:
-            best, reached = trial, middle
-        else:
-            missed = middle
+            return False
+        best = trial if agreement >= wanted else best
+        return agreement >= wanted
+
+    last_that_fits(agrees, 0.0, 1.0, HALVINGS)
     report = {
         **best.report,
         "recipe": recipe.to_dict(),

@@ -12,7 +12,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from .rank_plan import stream_left
 from .recipe import OURS, TRAINED, CompressionRecipe
 
 logger = logging.getLogger(__name__)
@@ -89,9 +88,8 @@ def _place(repository: str | None, revision: str) -> str:
 def model_card(record: dict[str, Any], *, picture: str | None = None) -> str:
     """Markdown with the hub's metadata on top.
 
-    record: "source" (location, revision, parameters), "recipe", "calibration", "parameters"; where they are there also
-        "card" of the source (see `read_card`), "flops", "dense_flops", "versions" and "evaluation" (see
-        `evaluation_record`).
+    record: of a compression (see `compression_record`), and what was done behind it; "evaluation" where there was one
+        (see `evaluation_record`).
     picture: file beside the card that shows the rank plan.
 
     The snippet loads the folder it is run in; `pin` makes it load from a repository. Of paths on the machine where the
@@ -99,7 +97,7 @@ def model_card(record: dict[str, Any], *, picture: str | None = None) -> str:
     shell literals, so it cannot change the page.
     """
     source, evaluation = record["source"], record.get("evaluation") or {}
-    reduction = 1 - record["parameters"] / source["parameters"]
+    reduction, command = 1 - record["parameters"] / source["parameters"], command_line(record)
     template = Environment(autoescape=True, undefined=StrictUndefined, keep_trailing_newline=True).from_string(
         _TEMPLATE.read_text(encoding="utf-8")
     )
@@ -111,34 +109,34 @@ def model_card(record: dict[str, Any], *, picture: str | None = None) -> str:
         dense={"parameters": _millions(source["parameters"])},
         small={"parameters": _millions(record["parameters"])},
         method=_method(record),
-        mode="L" if record.get("num_channels") == 1 else "RGB",
+        mode="L" if record["num_channels"] == 1 else "RGB",
         place=Markup(_place(None, "main")),
         picture=picture,
         rows=_rows(record),
         evaluation=_evaluation(evaluation) if evaluation else None,
-        remote_code=record.get("remote_code", True),
+        remote_code=record["remote_code"],
         has_accuracy=evaluation.get("top1") is not None,
         call=_call(record),
-        command=_command_line(record),
-        versions=", ".join(f"{name} {version}" for name, version in sorted(record.get("versions", {}).items())),
+        command=None if "\n" in command else Markup(command),
+        versions=", ".join(f"{name} {version}" for name, version in sorted(record["versions"].items())),
     )
 
 
 def _method(record: dict[str, Any]) -> list[str]:
     """What was done, in sentences."""
-    recipe = record.get("recipe", {})
-    preset, compensation = recipe.get("preset", OURS), recipe.get("compensation")
+    recipe = record["recipe"]
+    preset, compensation = recipe["preset"], recipe["compensation"]
     by_blocks, whole = (record.get(stage, {}).get("kept", False) for stage in ("gradient", "distillation"))
     undone = ", since what training was tried left it no nearer to the dense model" * (compensation in TRAINED)
     low_rank = " (and a low-rank bypass or projection of the patches where that pays),"
-    sizes = ", as many everywhere," if recipe.get("native") else low_rank
+    sizes = ", as many everywhere," if recipe["native"] else low_rank
     made = (
         f"Every attention head keeps only the ranks, and every MLP only the hidden units{sizes} that its activations "
         "on a set of images need."
         if preset == OURS
         else Markup(f"The method is the preset {_code(preset)}, which is there to compare with.")
     )
-    stream = stream_left(record.get("plan", {}))
+    stream = stream_left(record["plan"])
     refits, fitted = compensation != "none" and preset == OURS, preset == "paper"
     sentences = [
         (True, made),
@@ -159,7 +157,7 @@ def _method(record: dict[str, Any]) -> list[str]:
         (by_blocks, "Its blocks were then trained one by one towards the dense ones."),
         (
             whole,
-            f"The whole was then trained on the dense model's outputs, {'and' if recipe.get('labels') else 'without'} "
+            f"The whole was then trained on the dense model's outputs, {'and' if recipe['labels'] else 'without'} "
             "labels.",
         ),
         (not by_blocks and not whole, f"Nothing {'else ' * (stream is not None or fitted)}was trained{undone}."),
@@ -173,8 +171,8 @@ def _metadata(record: dict[str, Any]) -> ModelCardData:
     "quantized" is where its model tree lists smaller stand-ins for the same model. Left out, the hub would infer
     "finetune", which claims a training that did not happen; the tags say what was done.
     """
-    source, calibration = record["source"], record.get("calibration", {})
-    kept = dict(source.get("card", {}))
+    source, calibration = record["source"], record["calibration"]
+    kept = dict(source["card"])
     datasets = [*_list(kept.pop("datasets", [])), *([calibration["location"]] if calibration.get("hub") else [])]
     tags = [*_list(kept.pop("tags", [])), "vit", "low-rank", "compression", "hf-vit-lowrank"]
     results = _results(record)
@@ -204,18 +202,18 @@ def _list(value: str | list[str]) -> list[str]:
 def _results(record: dict[str, Any]) -> list[EvalResult]:
     """For the metadata's model-index. As in `evaluate`'s metric of that name, accuracy is a share, not in percent."""
     evaluation = record.get("evaluation") or {}
-    data = evaluation.get("data") or {}
-    location = str(data.get("location", "images"))
+    data = evaluation.get("data") or {"location": "images"}
+    location = data["location"]
     # The builders of `datasets` stand for data that have no id on the hub, as in the cards that transformers writes.
     builder = "parquet" if location.endswith(".parquet") else "imagefolder"
     return [
         EvalResult(
             task_type="image-classification",
             dataset_type=location if data.get("hub") else builder,
-            dataset_name=_shown(data, location),
+            dataset_name=_shown(data),
             dataset_config=data.get("config"),
             dataset_split=data.get("split"),
-            dataset_args={"images": evaluation["images"]} if "images" in evaluation else None,
+            dataset_args={"images": evaluation["images"]},
             metric_type="accuracy",
             metric_name=f"{name} accuracy",
             metric_value=round(evaluation[key] / 100, 6),
@@ -235,10 +233,8 @@ def _rows(record: dict[str, Any]) -> list[dict[str, str]]:
     rows = [
         _row("parameters", dense_parameters, parameters, _millions),
         _row("weights in float32", 4 * dense_parameters, 4 * parameters, lambda size: f"{size / 1e6:.1f} MB"),
+        _row(f"FLOPs of one image{flops_scope(record)}", record["dense_flops"], record["flops"], _billions),
     ]
-    if record.get("flops") and record.get("dense_flops"):
-        title, figures = f"FLOPs of one image{flops_scope(record)}", (record["dense_flops"], record["flops"])
-        rows.append(_row(title, *figures, lambda count: f"{count / 1e9:.2f} G"))
     evaluation = record.get("evaluation") or {}
     for name, key in (("top-1", "top1"), ("top-5", "top5")):
         small, dense = evaluation.get(key), (evaluation.get("against") or {}).get(key)
@@ -251,7 +247,13 @@ def _rows(record: dict[str, Any]) -> list[dict[str, str]]:
 def flops_scope(record: dict[str, Any]) -> str:
     """To say behind FLOPs of a record. `evaluate` counts the dense model's as transformers computes it, every token in
     the last block."""
-    return ", last block for the tokens read" * record.get("remote_code", True)
+    return ", last block for the tokens read" * record["remote_code"]
+
+
+def stream_left(plan: dict[str, Any]) -> str | None:
+    """Of the plan in a record: "176 of 192" entries of the stream; None where it leaves all."""
+    size, whole = plan["hidden_size"], plan["dense_hidden_size"]
+    return None if size == whole else f"{size} of {whole}"
 
 
 def _row(name: str, dense: float, small: float, written: Any) -> dict[str, str]:
@@ -260,59 +262,48 @@ def _row(name: str, dense: float, small: float, written: Any) -> dict[str, str]:
 
 
 def _evaluation(evaluation: dict[str, Any]) -> dict[str, Any]:
-    data, agreement = evaluation.get("data") or {}, evaluation.get("agreement")
-    location = data.get("location")
-    split = f" (split {data['split']})" if data.get("split") else ""
+    data, agreement = evaluation["data"], evaluation["agreement"]
+    split = f" (split {data['split']})" if data and data.get("split") else ""
     return {
-        "images": evaluation.get("images", "an unknown number of"),
-        "data": _code(f"{_shown(data, location)}{split}") if location else None,
+        "images": evaluation["images"],
+        "data": _code(f"{_shown(data)}{split}") if data else None,
         "agreement": None if agreement is None else _percent(agreement),
-        "skipped": evaluation.get("skipped"),
+        "skipped": evaluation["skipped"],
     }
 
 
 def _call(record: dict[str, Any]) -> dict[str, Markup | None]:
-    source, calibration = record["source"], record.get("calibration", {})
+    source, calibration = record["source"], record["calibration"]
     options = {name: calibration[name] for name in _IMAGE_ARGUMENTS if calibration.get(name) is not None}
-    recipe = {name: value for name, value in record.get("recipe", {}).items() if value is not None}
+    recipe = {name: value for name, value in record["recipe"].items() if value is not None}
     revision = source.get("revision")
     return {
-        "source": _literal(_shown_source(source)),
+        "source": _literal(_shown(source)),
         "revision": _literal(revision) if revision else None,
-        "images": Markup(", ".join([_literal(_shown(calibration, "IMAGES")), *_keywords(options)])),
+        "images": Markup(", ".join([_literal(_shown(calibration)), *_keywords(options)])),
         "recipe": Markup(", ".join(_keywords(recipe))),
     }
 
 
-def _command_line(record: dict[str, Any]) -> Markup | None:
-    """The options that are not at their defaults; None where a name has several lines, which no command shows well."""
-    source, calibration, recipe = record["source"], record.get("calibration", {}), record.get("recipe", {})
-    preset = recipe.get("preset", OURS)
-    default = {**CompressionRecipe(reduction=0.0, preset=preset).to_dict(), "reduction": None, "preset": OURS}
-    images = {name: calibration.get(name) for name in image_options(recipe)}
+def command_line(record: dict[str, Any]) -> str:
+    """The command that makes the checkpoint again, for a POSIX shell, with the options that are not at their
+    defaults."""
+    source, calibration, recipe = record["source"], record["calibration"], record["recipe"]
+    default = {**CompressionRecipe(reduction=0.0, preset=recipe["preset"]).to_dict(), "reduction": None, "preset": OURS}
+    named = ("config", "split", "image_column", *(["label_column"] if recipe["labels"] else []))
+    images = {name: calibration.get(name) for name in named}
     chosen = {name: value for name, value in recipe.items() if value != default.get(name)}
-    chosen = {**images, **chosen, "revision": source.get("revision"), "output": "compressed"}
-    words = ["hf-vit-lowrank", "compress", _shown_source(source), "--calibration", _shown(calibration, "IMAGES")]
+    chosen = {**images, **chosen, "revision": source["revision"], "output": "compressed"}
+    words = ["hf-vit-lowrank", "compress", _shown(source), "--calibration", _shown(calibration)]
     for name, value in chosen.items():
         if value is not None:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    command = shlex.join(words)
-    return None if "\n" in command else Markup(command)
+    return shlex.join(words)
 
 
-def image_options(recipe: dict[str, Any]) -> tuple[str, ...]:
-    """The options of a command that say which images a recipe was carried out on."""
-    return ("config", "split", "image_column", *(["label_column"] if recipe.get("labels") else []))
-
-
-def _shown_source(source: dict[str, Any]) -> str:
-    return source["location"] if _on_hub(source) else short_name(source["location"])
-
-
-def _shown(data: dict[str, Any], default: str) -> str:
-    """A data set's id, or the last part of a path."""
-    location = str(data.get("location", default))
-    return location if data.get("hub") else short_name(location)
+def _shown(place: dict[str, Any]) -> str:
+    """An id of the hub, or the last part of a path."""
+    return without_folders(place)["location"]
 
 
 def _keywords(values: dict[str, Any]) -> list[Markup]:
@@ -336,6 +327,10 @@ def short_name(location: str) -> str:
     """The last part of a path or id."""
     name = location.rstrip("/\\").replace("\\", "/").rsplit("/", 1)[-1]
     return Path(location).resolve().name if name in (".", "..") else name or location
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.2f} G"
 
 
 def _millions(count: int) -> str:

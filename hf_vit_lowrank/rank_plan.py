@@ -66,12 +66,6 @@ def stream_size(config: LowRankViTConfig, removed: float) -> int:
     return min(math.ceil(wanted / step) * step, config.hidden_size)
 
 
-def stream_left(plan: Mapping[str, Any]) -> str | None:
-    """Of the plan in a record: "176 of 192" entries of the stream; None where it leaves all, or is an older one."""
-    size, whole = plan.get("hidden_size"), plan.get("dense_hidden_size")
-    return None if size == whole else f"{size} of {whole}"
-
-
 def with_hidden_size(config: LowRankViTConfig, hidden_size: int) -> LowRankViTConfig:
     """Of the same model with a stream of other size: the shifts of its layer norms become biases, also of queries."""
     changed = {

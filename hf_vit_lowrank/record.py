@@ -23,7 +23,6 @@ def compression_record(
 ) -> dict[str, Any]:
     """calibration: what `Calibrated.calibration` says. size: see `planned_size` and `built_size`."""
     return {
-        "format": 1,
         "source": {**source_record(dense), "parameters": dense.parameters, "card": dense.card},
         "recipe": recipe.to_dict(),
         "calibration": calibration,

@@ -6,9 +6,7 @@ import base64
 import io
 import json
 import math
-import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,7 @@ from .checkpoint import small_record
 from .errors import as_user_error
 from .evaluation import evaluate_classifier, load_classifier
 from .images import ImageStream
-from .model_card import flops_scope, image_options, without_folders
-from .rank_plan import stream_left
+from .model_card import command_line, flops_scope, stream_left, without_folders
 from .recipe import CompressionRecipe
 
 _TEMPLATE = Path(__file__).with_name("report_template.html.jinja")
@@ -84,7 +81,7 @@ def report_page(
         disagreements=_disagreements(evaluation, stream) if evaluation and stream else None,
         speeds=_speed_bars(evaluation) if evaluation else None,
         recipe_text=recipe.to_yaml(),
-        command=_command(record, recipe),
+        command=command_line(record),
         calibration=record["calibration"],
         versions=record.get("versions", {}),
     )
@@ -291,20 +288,3 @@ def _data_uri(image: Image.Image) -> str:
     file = io.BytesIO()
     image.save(file, format=kind, **({"quality": 80} if kind == "jpeg" else {}))
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-# -------------------------------------------------------------------------------------------------------------- recipe
-
-
-def _command(record: dict[str, Any], recipe: CompressionRecipe) -> str:
-    """The command line that makes the checkpoint again, for a POSIX shell."""
-    source, calibration = record["source"], record["calibration"]
-    options: dict[str, Any] = {"revision": source.get("revision"), "calibration": calibration["location"]}
-    options |= {name: calibration.get(name) for name in image_options(recipe.to_dict())}
-    defaults = {field.name: field.default for field in fields(CompressionRecipe)}
-    options |= {name: value for name, value in recipe.to_dict().items() if value != defaults[name]}
-    words = ["hf-vit-lowrank", "compress", source["location"]]
-    for name, value in options.items():
-        if value is not None:
-            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return shlex.join([*words, "--output", "compressed"])

@@ -11,8 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .model_card import flops_scope
-from .rank_plan import stream_left
+from .model_card import flops_scope, stream_left
 
 BYTES_PER_PARAMETER = 4  # checkpoints are written in float32
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_vit_lowrank.augmentation import RandomViews
 from hf_vit_lowrank.calibration import Calibrated
 from hf_vit_lowrank.compensation import distill, gradient, steps
-from hf_vit_lowrank.compensation.closed_form import BlockDrift, compensate_closed_form
+from hf_vit_lowrank.compensation.closed_form import compensate_closed_form
 from hf_vit_lowrank.embeddings import embedded_by
 from hf_vit_lowrank.linalg import ridge_solve
 from hf_vit_lowrank.regression import NormalEquations
@@ -89,13 +89,13 @@ def ridge_by_direction(power: float) -> Callable[[NormalEquations, float], Tenso
     return solve
 
 
-def refit_on_views(count: int) -> Callable[..., list[BlockDrift]]:
+def refit_on_views(count: int) -> Callable[..., None]:
     """In place of `steps.refit`: fit on so many random views of every image as well.
 
     All views of an image fall into the same half of the images, or its noise would look like knowledge.
     """
 
-    def refit(calibrated: Calibrated, model: LowRankViTForImageClassification, run: RunFolder) -> list[BlockDrift]:
+    def refit(calibrated: Calibrated, model: LowRankViTForImageClassification, run: RunFolder) -> None:
         images, size = torch.cat(calibrated.fitting), calibrated.images_at_once
         even = len(images) // 2 * 2
         embed, generator = calibrated.dense.model.vit.embeddings, torch.Generator().manual_seed(0)
@@ -105,7 +105,7 @@ def refit_on_views(count: int) -> Callable[..., list[BlockDrift]]:
             for part in torch.arange(even).split(size)
         ]
         embeddings = embedded_by(model, calibrated.dense.model, [*images[:even].split(size), *views])
-        return compensate_closed_form(calibrated.dense.model, model, calibrated.statistics, embeddings, run)
+        compensate_closed_form(calibrated.dense.model, model, calibrated.statistics, embeddings, run)
 
     return refit
 

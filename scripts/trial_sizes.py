@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 
+from hf_vit_lowrank.bisection import last_that_fits
 from hf_vit_lowrank.budget import recipe_ranks
 from hf_vit_lowrank.calibration import Calibrated, stream_logits
 from hf_vit_lowrank.embeddings import embedded_by
@@ -64,12 +65,9 @@ class _Budget:
 
     def scaled(self, sizes: Tensor) -> Tensor:
         """The same sizes, larger or smaller by one factor, at the cost of those that are given."""
-        low, high = -2.0, 2.0
-        for _ in range(60):
-            middle = (low + high) / 2
-            too_large = self.cost(self._clamped(sizes, middle)) > self.cost(self.sizes)
-            low, high = (low, middle) if too_large else (middle, high)
-        return self._clamped(sizes, low)
+        limit = self.cost(self.sizes)
+        change = last_that_fits(lambda change: self.cost(self._clamped(sizes, change)) <= limit, -2.0, 2.0)
+        return self._clamped(sizes, change)
 
     def cost(self, sizes: Tensor) -> float:
         return float((sizes * self.costs).sum())

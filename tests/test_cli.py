@@ -119,11 +119,11 @@ def test_plan_prints_ranks_and_writes_nothing(digits_model, digits_data, tmp_pat
     done = call("plan", digits_model, *options)
     assert done.returncode == 0, done.stderr
     assert "Rank plan" in done.stdout
-    assert "closed form, expected" in done.stdout
+    assert "compensation, expected" in done.stdout
     assert list(tmp_path.iterdir()) == []
     done = call("plan", digits_model, *options, "--compensation", "distill", "--json", tmp_path / "plan.json")
     seconds = json.loads((tmp_path / "plan.json").read_text())["seconds"]
-    assert seconds["distillation, expected"] > seconds["training block by block, expected"] > seconds["statistics"]
+    assert seconds["distillation, expected"] > seconds["gradient, expected"] > seconds["statistics"]
 
 
 def test_sweep_writes_three_files(digits_model, digits_data, tmp_path):

@@ -41,7 +41,7 @@ def result(tmp_path_factory: pytest.TempPathFactory) -> CompressionResult:
     model = random_model(0.3, **sizes, query_key_ranks=[[3, 7], [8, 1]], mlp_widths=[9, 20])
     processor = tmp_path_factory.mktemp("processor")
     (processor / "preprocessor_config.json").write_bytes(PREPROCESSOR)
-    plan = {name: getattr(model.config, name) for name in ("query_key_ranks", "value_output_ranks", "mlp_widths")}
+    plan = {name: getattr(model.config, name) for name in RECORD["plan"]}
     record = {**RECORD, "plan": plan, "parameters": sum(p.numel() for p in model.parameters()), "seconds": {"all": 1.0}}
     return CompressionResult(model, load_image_processor(str(processor)), record, PREPROCESSOR)
 

@@ -70,7 +70,7 @@ def test_paths_of_this_machine_are_not_told():
     private = {"location": "/home/me/secret/x.parquet", "split": "train"}
     record = {
         **RECORD,
-        "source": {"location": "/home/me/secret/vit", "revision": None, "parameters": 10_000},
+        "source": {**RECORD["source"], "location": "/home/me/secret/vit", "revision": None},
         "calibration": private,
         "evaluation": {**EVALUATION, "data": private},
     }
@@ -125,13 +125,13 @@ def test_a_card_takes_accuracies_from_a_report_and_leaves_speed():
 
 def test_training_that_was_undone_is_not_claimed():
     kept, undone = {"kept": True}, {"kept": False}
-    trained = {**RECORD, "recipe": {"reduction": 0.5, "compensation": "distill"}}
+    trained = {**RECORD, "recipe": {**RECORD["recipe"], "compensation": "distill"}}
     card = model_card({**trained, "gradient": kept, "distillation": undone})
     assert "trained one by one" in card
     assert "The whole was then trained" not in card
     card = model_card({**trained, "gradient": undone, "distillation": undone})
     assert "Nothing was trained, since what training was tried left it no nearer" in card
-    card = model_card({**RECORD, "recipe": {"reduction": 0.5, "preset": "paper", "compensation": "none"}})
+    card = model_card({**RECORD, "recipe": {**RECORD["recipe"], "preset": "paper", "compensation": "none"}})
     assert "second tensors were fitted by gradient" in card
     assert "Nothing else was trained." in card
 
@@ -201,6 +201,8 @@ def test_pin():
 
 
 PLAN = {
+    "hidden_size": 16,
+    "dense_hidden_size": 16,
     "query_key_ranks": [[3, 7], [8, 0]],
     "value_output_ranks": [[5, 8], [1, 2]],
     "mlp_widths": [9, 20],

@@ -9,7 +9,6 @@ units are chosen on the smaller stream, where they will work. A fit sees a part 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -24,15 +23,7 @@ from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageCla
 from ..run_folder import RunFolder
 from ..statistics import BlockStatistics, token_weight
 from ..surgery import keep_units, set_linear
-from .drift import drift, moved, partly_drifted, tokens_computed
-
-
-@dataclass(frozen=True)
-class BlockDrift:
-    """Drift of the smaller stream from the dense one after the block's attention and after its MLP (see `drift`)."""
-
-    after_attention: float
-    after_mlp: float
+from .drift import moved, partly_drifted, tokens_computed
 
 
 @torch.no_grad()
@@ -42,28 +33,23 @@ def compensate_closed_form(
     statistics: Sequence[BlockStatistics],
     embeddings: Sequence[Tensor],
     run: RunFolder,
-) -> list[BlockDrift]:
+) -> None:
     """Refit `small` in place on this process's batches of embeddings (images, tokens, d), which both models share.
 
     Holds two streams in memory, each of the size of `embeddings`. run: where finished blocks are kept.
     """
     num_read, layers = dense.config.num_tokens_read, len(dense.vit.blocks)
     dense_stream, small_stream = list(embeddings), list(embeddings)
-    drifts = []
     blocks: Any = zip(dense.vit.blocks, small.vit.blocks, statistics, strict=True)
     for layer, (source, block, moments) in enumerate(track(blocks, "Compensating", layers, "blocks")):
         queries = tokens_computed(dense.config, layer)
         stage = f"block-{layer:02}"
         if run.has(stage):
-            state, record = run.load(stage)
-            block.load_state_dict(state)
-            after = BlockDrift(**record)
+            block.load_state_dict(run.load(stage))
             dense_stream, small_stream = moved(source, dense_stream, queries), moved(block, small_stream, queries)
         else:
-            after = refit_block(source, block, moments, dense_stream, small_stream, queries, num_read)
-            run.save(stage, (block.state_dict(), asdict(after)))
-        drifts.append(after)
-    return drifts
+            refit_block(source, block, moments, dense_stream, small_stream, queries, num_read)
+            run.save(stage, block.state_dict())
 
 
 @torch.no_grad()
@@ -75,15 +61,13 @@ def refit_block(
     small_stream: list[Tensor],
     queries: int | None,
     num_read: int,
-) -> BlockDrift:
+) -> None:
     """Refit one block in place; both streams, batches of (images, tokens, d), are moved behind it, in place.
 
     queries: leading tokens that the block computes, all if None. num_read: those that the classifier reads.
     """
     _refit_attention(source, block, statistics, dense_stream, small_stream, queries, num_read)
-    after_attention = drift(dense_stream, small_stream, num_read)
     _refit_mlp(source, block, statistics, dense_stream, small_stream, num_read)
-    return BlockDrift(after_attention, drift(dense_stream, small_stream, num_read))
 
 
 def _refit_attention(

@@ -26,7 +26,7 @@ from ..record import json_number
 from ..remote.modeling_lowrank_vit import LowRankViTForImageClassification
 from ..run_folder import RunFolder
 from ..timing import timed
-from .closed_form import BlockDrift, compensate_closed_form
+from .closed_form import compensate_closed_form
 from .distill import distill
 from .drift import block_drifts
 from .gradient import BlockTraining, compensate_gradient
@@ -57,8 +57,7 @@ def compensate(
     if recipe.preset == OURS:
         shrunk = copy.deepcopy(model) if recipe.compensation in TRAINED else None
         with timed(seconds, "compensation"):
-            drifts = refit(calibrated, model, run.part("closed-form"))
-        report["blocks"] = [asdict(drift) for drift in drifts]
+            refit(calibrated, model, run.part("closed-form"))
     if recipe.compensation in TRAINED:
         with timed(seconds, "gradient"):
             report["gradient"] = _train_blocks(calibrated, model, shrunk, recipe, run.part("gradient"))
@@ -90,17 +89,15 @@ def parts(batches: Sequence[Tensor], size: int) -> list[Tensor]:
     return [part for batch in batches for part in batch.split(size)]
 
 
-def refit(calibrated: Calibrated, model: LowRankViTForImageClassification, run: RunFolder) -> list[BlockDrift]:
+def refit(calibrated: Calibrated, model: LowRankViTForImageClassification, run: RunFolder) -> None:
     """Refit `model` in place in closed form."""
     start, embeddings = copy.deepcopy(model.state_dict()), _shared(calibrated, model, calibrated.fitting)
 
-    def attempt(size: int) -> list[BlockDrift]:
+    def attempt(size: int) -> None:
         model.load_state_dict(start)
-        return compensate_closed_form(
-            calibrated.dense.model, model, calibrated.statistics, parts(embeddings, size), run
-        )
+        compensate_closed_form(calibrated.dense.model, model, calibrated.statistics, parts(embeddings, size), run)
 
-    return with_smaller_batches("Compensation", attempt, calibrated.images_at_once)
+    with_smaller_batches("Compensation", attempt, calibrated.images_at_once)
 
 
 def _train_blocks(
