@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from hf_vit_lowrank.candidates.factored import bias_change, factored_candidate
 from hf_vit_lowrank.errors import RunError
+from hf_vit_lowrank.evaluation import count_parameters
 from hf_vit_lowrank.linear_statistics import (
     collect_linear_statistics,
     query_scale,
@@ -20,6 +21,7 @@ from hf_vit_lowrank.linear_statistics import (
     weight_shapes,
     whole_weights,
 )
+from hf_vit_lowrank.presets.factored import uniform_ranks
 
 
 def random_metric(generator: torch.Generator, size: int, rank: int) -> torch.Tensor:
@@ -165,6 +167,13 @@ def test_gradient_moments_are_those_of_the_loss_against_the_drawn_label(model, e
     for name, gradient in zip(names, torch.autograd.grad(loss, [down.outputs[name] for name in names]), strict=True):
         flat = gradient.flatten(0, 1).double()
         torch.testing.assert_close(statistics[name].gradient, flat.mT @ flat, rtol=1e-4, atol=1e-7)
+
+
+def test_ranks_for_the_dense_size_leave_all_weights_whole():
+    """Of this shape, (break-even + 1) / share · share is less than break-even + 1 by rounding."""
+    model = random_model(0.3, hidden_size=88, intermediate_size=176, num_attention_heads=2, image_size=16)
+    for limit in (count_parameters(model), 2 * count_parameters(model)):
+        assert not any(uniform_ranks(model, limit))
 
 
 def test_nothing_is_left_on_the_model(model, embeddings):

@@ -31,7 +31,8 @@ def corp(inputs: PresetInputs, limit: int) -> LowRankViTForImageClassification:
     with B = Σ_PS (Σ_SS + λ I)⁻¹ and c = μ_P - B μ_S, and folded into the down weight: W_S + W_P B, bias + W_P c.
     λ is the larger of 1e-3 and the OAS shrinkage of Σ_SS. Query-key: dimensions are ranked by E[q_j² k_j²]; the removed
     part of the scores is predicted by q_Sᵀ M k_S, where G_Q M G_K + λ M = C_Q C_K (G: second moments of the kept
-    dimensions, C: with the removed ones), and the SVD of I + M is shared between the two weights.
+    dimensions, C: with the removed ones), and the SVD of I + M is shared between the two weights. There λ, of the
+    covariance of the kept queries, meets sums over tokens and does next to nothing.
 
     Open in the paper and chosen here: the scale of the scores stays 1/√e of the dense head (the authors' code offers
     this as a switch, and it is the better one); the rms is taken over all images, not per batch; sizes have no lower

@@ -88,7 +88,8 @@ def svd_llm(inputs: PresetInputs, limit: int) -> LowRankViTForImageClassificatio
 def svd_llm_blockwise(inputs: PresetInputs, limit: int) -> LowRankViTForImageClassification:
     """As `svd_llm`, block by block: the moments of a block are those behind the blocks that are compressed already.
 
-    This is how the paper's code handles large models, and the "progressive" variant that FLAR-SVD compares with.
+    It is the "progressive" variant that FLAR-SVD compares with; SVD-LLM's own code takes all moments from the dense
+    model.
     """
     dense = inputs.model
     ranks = uniform_ranks(dense, limit)
@@ -126,7 +127,8 @@ def kfac_svd(inputs: PresetInputs, limit: int) -> LowRankViTForImageClassificati
 
     L = Γ^½, R = Cov(x)^½, means folded into the biases (K-FAC: Martens and Grosse, arXiv 1503.05671, section 3). With
     independent tokens the loss of an image rises by ½ · tokens · ‖L (W - BA) R‖², L and R from means over tokens; these
-    curves go to `allocate` (design 3.4). A weight is kept whole where the pair does not pay.
+    curves go to `allocate` (design 3.4). A weight is kept whole where the pair does not pay; the budget counts biases
+    of queries, keys and values for it all the same, so that up to 3 d of them a block stay unused.
 
     Raises:
         UserError: the limit cannot be reached.
@@ -241,6 +243,8 @@ def scaled_ranks(
             for own in wanted
         ]
 
+    if limit >= count_parameters(dense):
+        return whole_ranks(dense)
     smallest = smallest_factored(dense)
     if smallest > limit:
         raise unreachable(limit, "parameters", smallest)

@@ -31,8 +31,10 @@ def flar_svd(inputs: PresetInputs, limit: int) -> LowRankViTForImageClassificati
     changes the last feature (what the classifier reads) by no more than a threshold, as a share of its mean square. The
     threshold is the change made by the uniform model of this size, divided by the number of weights; the ranks found
     are then scaled to the size, as in the authors' code. Different here: a weight that no rank is good enough for
-    counts with its break-even rank and is scaled too, ranks are not rounded to multiples of 8 after scaling, and there
-    is no filter by latency. The search runs on the first 32 calibration images, theirs on 512 that are blended.
+    counts with its break-even rank and is scaled too, ranks are not rounded to multiples of 8 after scaling, moments
+    are not shrunk as by Ledoit and Wolf batch by batch (in the authors' code an intensity that rounding decides), and
+    there is no filter by latency. Each weight is searched alone in the dense model, which is their default, too. The
+    search runs on the first 32 calibration images, theirs on 512 that are blended.
 
     Raises:
         UserError: the limit cannot be reached.

@@ -63,7 +63,9 @@ def taylor(inputs: PresetInputs, limit: int) -> LowRankViTForImageClassification
     (Σ activation · gradient)² (Molchanov et al. 2019, arXiv 1906.10771, eq. 8 with the gates of section 3.2). The loss
     is the cross-entropy against a label drawn from the model's own prediction, since there are no labels; its gradients
     vanish in the mean over images, hence the square of each image's. As in the paper, all dimensions of the model are
-    ranked together (torch-pruning's default, the same share for every layer, agrees less with the dense model).
+    ranked together (torch-pruning's default, the same share for every layer, agrees less with the dense model); here
+    at once, by the dense model's gradients, where the paper removes a few at a time while it fine-tunes, and measures
+    again.
 
     Raises:
         UserError: the limit cannot be reached.
