@@ -29,11 +29,11 @@ from .pivoting import unpivoted
 from .pixels import PixelBatch, pixel_batches
 from .quantised import LIBRARIES, QUANTISERS, check_quantisers, quantise, serialised_bytes
 from .recipe import OURS, PRESETS, CompressionRecipe
+from .record import versions
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
 from .run_folder import RunFolder
 
 DENSE = "dense"
-_LIBRARIES = ("hf-vit-lowrank", "torch", "transformers")
 
 
 # Distillation of our own is left out: it takes hours, so it is done where it is asked for.
@@ -185,7 +185,7 @@ def _measure_all(
         record |= {
             "calibration_sha256": calibrated.calibration["sha256"] if calibrated else None,
             "machine": _machine(workshop.dense.model.device),
-            "versions": {name: version(name) for name in _LIBRARIES + (LIBRARIES if cell.quantised else ())},
+            "versions": versions() | {name: version(name) for name in (LIBRARIES if cell.quantised else ())},
         }
         store.write(cell, record)
         if cell.recipe and record["final"]:  # else the next call goes on from there
@@ -219,7 +219,7 @@ def _measure(cell: Cell, workshop: _Workshop, batches: PreparedImages, store: St
     return {
         "parameters": count_parameters(plain) if cell.recipe else workshop.dense.parameters,
         "bytes": serialised_bytes(model),
-        "flops": count_flops(plain),
+        "flops": result.report["flops"] if result else count_flops(plain),
         "top1": report.top1,
         "top5": report.top5,
         "images": report.images,

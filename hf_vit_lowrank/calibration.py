@@ -25,7 +25,7 @@ from .embeddings import embedded_by, whole_positions
 from .errors import UserError
 from .evaluation import class_of_label, pick_device
 from .images import ImageStream, Share, open_images
-from .memory import memory_plan
+from .memory import MemoryPlan, memory_plan
 from .narrowing import MOST_IMAGES, entries, narrowed, stream_basis
 from .out_of_memory import with_smaller_batches
 from .pixels import pixel_batches
@@ -161,7 +161,8 @@ class Calibrated:
 
     def _candidates(self, layer: int) -> BlockCandidates:
         block: Any = self.dense.model.vit.blocks[layer]
-        return block_candidates(block, self.statistics[layer], self.native)
+        output, down = block.attention.output.weight, block.mlp.down.weight
+        return block_candidates(output, down, self.statistics[layer], self.native)
 
     @cached_property
     def embedding(self) -> EmbeddingCandidates:
@@ -233,51 +234,26 @@ def calibrate(
         dense = load_dense(source, revision=revision, allow_pickle=allow_pickle)
         dense.model.requires_grad_(False)
         torch.nn.Module.to(dense.model, _device(device, recipe))
-        # What cannot be is refused before the long work.
-        if recipe.min_agreement is None:
-            check_reachable(dense, recipe)
-        if recipe.labels:
-            label_classes(calibration, dense.model)
-        if recipe.native:
-            require_free_head_sizes("Native plans need")
+        _refuse_early(dense, recipe, calibration)
     if memory_limit is not None and run.folder is None:
         raise UserError("A memory limit needs a run folder, where the moments are parked.")
     on_cpu = dense.model.device.type == "cpu"
     at_once = min(recipe.batch_size, CPU_IMAGES_AT_ONCE) if on_cpu else recipe.batch_size
     memory = memory_plan(dense.model.config, recipe, at_once, memory_limit)
     say(f"Memory: about {memory.peak / 1e9:.1f} GB, {memory.passes} passes over the images for the statistics")
-    run.require(
-        recipe=recipe.to_dict(),
-        source=source_record(dense),
-        config=dense.model.config.to_dict(),
-        image_processor=dense.image_processor.to_dict(),
-        images=calibration.description,
-        versions=versions(),
-        device=dense.model.device.type,
-        processes=processes.count(),
-        # They change the last bits; how many blocks are a group does not.
-        images_at_once=memory.batch_size,
-        distilled_at_once=memory.distilled,
-    )
-    if not run.has("statistics"):
-        run.require_room(memory.moments)
+    _require_same_run(run, dense, recipe, calibration, memory)
     with timed(seconds, "images"):
-        own = calibration
-        if processes.count() > 1:
-            # Training reads a whole stream in every process, and must know which of its images are held back.
-            in_order = recipe.compensation in TRAINED
-            own = calibration.shared(Share(processes.index(), processes.count(), recipe.batch_size, in_order))
+        own = _own_share(calibration, recipe)
         fitting, held_back = _split(_embed(dense, own, recipe.batch_size), hold_back, recipe.batch_size)
         expected = stream_logits(dense.model, held_back)
-    image_sha256 = _joint_sha256(own)
-    run.require(image_sha256=image_sha256)
     about = {
         **calibration.description,
         "images": int(processes.total(sum(map(len, fitting + held_back)))),
-        "sha256": image_sha256,
+        "sha256": _joint_sha256(own),
         "skipped": [image for skipped in processes.gather(list(own.skipped)) for image in skipped],
         "processes": processes.count(),
     }
+    run.require(image_sha256=about["sha256"])
     return Calibrated(
         *(dense, calibration, fitting, held_back, expected, about),
         seed=recipe.seed,
@@ -288,6 +264,46 @@ def calibrate(
         run=run,
         group=None if memory_limit is None else memory.group,
     )
+
+
+def _refuse_early(dense: DenseSource, recipe: CompressionRecipe, images: ImageStream) -> None:
+    """What cannot be is refused before the long work."""
+    if recipe.min_agreement is None:
+        check_reachable(dense, recipe)
+    if recipe.labels:
+        label_classes(images, dense.model)
+    if recipe.native:
+        require_free_head_sizes("Native plans need")
+
+
+def _require_same_run(
+    run: RunFolder, dense: DenseSource, recipe: CompressionRecipe, images: ImageStream, memory: MemoryPlan
+) -> None:
+    """All that the bits of a result depend on, but for the images themselves."""
+    run.require(
+        recipe=recipe.to_dict(),
+        source=source_record(dense),
+        config=dense.model.config.to_dict(),
+        image_processor=dense.image_processor.to_dict(),
+        images=images.description,
+        versions=versions(),
+        device=dense.model.device.type,
+        processes=processes.count(),
+        # They change the last bits; how many blocks are a group does not.
+        images_at_once=memory.batch_size,
+        distilled_at_once=memory.distilled,
+    )
+    if not run.has("statistics"):
+        run.require_room(memory.moments)
+
+
+def _own_share(images: ImageStream, recipe: CompressionRecipe) -> ImageStream:
+    """This process's images; training reads a whole stream in every process, and must know which of its images are held
+    back."""
+    if processes.count() == 1:
+        return images
+    in_order = recipe.compensation in TRAINED
+    return images.shared(Share(processes.index(), processes.count(), recipe.batch_size, in_order))
 
 
 def _device(name: str | None, recipe: CompressionRecipe) -> torch.device:

@@ -219,11 +219,3 @@ def _heat_map(axes: Axes, ranks: np.ndarray, columns: Sequence[str]) -> None:
         if np.isfinite(rank):
             axes.annotate(f"{rank:.0f}", (column, layer), ha="center", va="center", fontsize=6)
     axes.set_xticks(range(len(columns)), columns)
-
-
-def short_number(value: float) -> str:
-    """5717416 as "5.72M": three digits and a unit."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= 0.9995 * size:
-            return f"{value / size:#.3g}".rstrip(".") + unit
-    return f"{value:.3g}"

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForImageClassification, PreTrainedModel
 
 from .dense import DENSE_FILES, check_weights
-from .disk import require_room, require_writable
+from .disk import require_room, require_writable, sha256
 from .errors import RunError, UserError, as_user_error, reason
 from .pixels import load_image_processor
 from .remote.configuration_lowrank_vit import LowRankViTConfig
@@ -127,15 +127,27 @@ def save_checkpoint(
         raise RunError(f"The checkpoint could not be written to '{folder}' ({reason(error)}).") from error
 
 
-def load_checkpoint(folder: str | Path) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
+def load_checkpoint(folder: str | Path, **model_options: Any) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
     """The model (in eval mode), the image processor and the record of a folder written by `save_checkpoint`.
 
+    model_options: for `from_pretrained`.
     Runs this package's code, never the folder's. README.md may have been edited; any other file must be as saved.
 
     Raises:
         UserError: no such checkpoint, a file that is missing or differs, a format newer than this package.
     """
-    return _load(Path(folder))
+    folder = Path(folder)
+    record = intact_record(folder)
+    del record["files"]
+    record.pop("probe", None)
+    with as_user_error(f"The model in '{folder}' could not be loaded"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if isinstance(config, LowRankViTConfig):
+            check_weights(folder, str(folder), LowRankViTForImageClassification, config)
+        model = AutoModelForImageClassification.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, dtype="auto", **model_options
+        )
+    return model.eval(), load_image_processor(str(folder)), record
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -170,14 +182,14 @@ def changed_files(folder: Path, record: dict[str, Any]) -> Iterator[str]:
     for name, digest in record["files"].items():
         if not (folder / name).is_file():
             yield f"'{folder}' lacks {name}: get a whole copy."
-        elif name != CARD and file_sha256(folder / name) != digest:
+        elif name != CARD and sha256(folder / name) != digest:
             yield f"{name} of '{folder}' is not as it was saved (its sha256 differs): get an intact copy."
 
 
 def unedited_card(folder: Path) -> dict[str, Any]:
     """The record of an intact checkpoint whose README.md is as it was saved. Raises UserError for any other."""
     record = small_record(folder)
-    if file_sha256(folder / CARD) != record["files"].get(CARD):
+    if sha256(folder / CARD) != record["files"].get(CARD):
         raise UserError(f"{CARD} of '{folder}' has been edited and would be lost: move it away, or write it by hand.")
     return record
 
@@ -199,20 +211,6 @@ def rewrite_card(folder: Path, record: dict[str, Any], card: str) -> None:
         raise RunError(f"The card of '{folder}' could not be written ({reason(error)}).") from error
 
 
-def _load(folder: Path, **model_options: Any) -> tuple[PreTrainedModel, Any, dict[str, Any]]:
-    record = intact_record(folder)
-    del record["files"]
-    record.pop("probe", None)
-    with as_user_error(f"The model in '{folder}' could not be loaded"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        if isinstance(config, LowRankViTConfig):
-            check_weights(folder, str(folder), LowRankViTForImageClassification, config)
-        model = AutoModelForImageClassification.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, dtype="auto", **model_options
-        )
-    return model.eval(), load_image_processor(str(folder)), record
-
-
 def _write(
     folder: Path,
     model: PreTrainedModel,
@@ -227,7 +225,7 @@ def _write(
         model.save_pretrained(folder)
     _write_preprocessor(folder, image_processor, preprocessor_config)
     (folder / CARD).write_text(card, encoding="utf-8")
-    files = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+    files = {path.name: sha256(path) for path in sorted(folder.iterdir())}
     (folder / RECORD).write_bytes(_record_text({**record, "probe": probe_logits(model), "files": files}))
 
 
@@ -275,7 +273,7 @@ def _settings(image_processor: Any) -> dict[str, Any]:
 
 def _verify(folder: Path, model: PreTrainedModel, image_processor: Any) -> None:
     try:
-        again, processor_again, _ = _load(folder, attn_implementation=model.config._attn_implementation)
+        again, processor_again, _ = load_checkpoint(folder, attn_implementation=model.config._attn_implementation)
     except UserError as error:
         raise RunError(f"The checkpoint was written but could not be loaded again: {error}") from error
     state, saved = model.state_dict(), again.state_dict()
@@ -361,11 +359,3 @@ def find_record(folder: Path) -> dict[str, Any] | None:
     if not isinstance(files, dict) or any(Path(name).name != name for name in files):
         return None
     return record
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()

@@ -60,14 +60,14 @@ def _parse_count(text: str) -> int:
         raise UserError(f"--max-parameters '{text}' is no number of parameters: write 34600000 or 34.6M.") from None
 
 
-def parse_reductions(text: str) -> list[float]:
+def parse_reductions(text: str, option: str = "--reductions") -> list[float]:
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
-        raise UserError(f"--reductions '{text}' are not numbers with commas: write 0.2,0.4,0.6.") from None
+        raise UserError(f"{option} '{text}' are not numbers with commas: write 0.2,0.4,0.6.") from None
     wrong = [value for value in values if not 0 <= value < 1]
     if wrong:
-        raise UserError(f"--reductions must be from 0 up to, but not, 1; {wrong[0]:g} is not.")
+        raise UserError(f"{option} must be from 0 up to, but not, 1; {wrong[0]:g} is not.")
     return list(dict.fromkeys(values))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import pickle
@@ -18,6 +17,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from .dense_layout import SHARED_FIELDS, from_transformers
+from .disk import sha256
 from .errors import RunError, UserError, as_user_error, reason
 from .hub_errors import one_sentence
 from .model_card import read_card
@@ -72,7 +72,7 @@ def load_dense(source: str, *, revision: str | None = None, allow_pickle: bool =
         parameters=sum(parameter.numel() for parameter in dense.parameters()),
         location=source,
         revision=commit,
-        weights_sha256=_weights_hash(folder),
+        weights_sha256=sha256(*sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])),
         preprocessor_config=preprocessor.read_bytes() if preprocessor.is_file() else None,
         card=read_card(folder / "README.md"),
     )
@@ -249,12 +249,3 @@ def _load_transformers(folder: Path, source: str, architecture: str, allow_pickl
 def not_finite(model: torch.nn.Module) -> str | None:
     """Name of the first parameter that holds NaN or infinity, if one does."""
     return next((name for name, values in model.named_parameters() if not torch.isfinite(values).all()), None)
-
-
-def _weights_hash(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()

@@ -1,7 +1,8 @@
-"""Whether what a run will write may be written, and the disk has room for it."""
+"""Files and folders: whether what a run will write may be written and has room, and what files hold."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -31,3 +32,13 @@ def overlap(first: str | Path, second: str | Path) -> bool:
     """Whether one of two paths is the other, holds it or lies in it."""
     one, other = Path(first).resolve(), Path(second).resolve()
     return one == other or one in other.parents or other in one.parents
+
+
+def sha256(*files: Path) -> str:
+    """Of the files' bytes, one after the other."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The two errors this package raises on purpose."""
+"""The two errors that reach a user, and texts without secrets."""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoSibling
 
-from .checkpoint import CARD, RECORD, file_sha256, intact_record
+from .checkpoint import CARD, RECORD, intact_record
+from .disk import sha256
 from .errors import RunError, UserError
 from .hub_errors import AGAIN, asked_wait, one_sentence, passes
 from .model_card import pin, pinned_revision
@@ -95,7 +96,7 @@ class _Push:
         self.repo_id = repo_id
         self.contents = {name: folder / name for name in (*sorted(record["files"]), RECORD) if name != CARD}
         self.card = (folder / CARD).read_text(encoding="utf-8")
-        self.title = f"Checkpoint {file_sha256(folder / RECORD)[:12]} by hf-vit-lowrank"
+        self.title = f"Checkpoint {sha256(folder / RECORD)[:12]} by hf-vit-lowrank"
         self.branch = revision or "main"
         self.target = self.branch  # becomes that of the pull request
         self.create_pr = create_pr
@@ -253,7 +254,7 @@ def _size(content: Path | bytes) -> int:
 
 
 def _sha256(content: Path | bytes) -> str:
-    return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else file_sha256(content)
+    return hashlib.sha256(content).hexdigest() if isinstance(content, bytes) else sha256(content)
 
 
 def _git_hash(content: Path | bytes) -> str:

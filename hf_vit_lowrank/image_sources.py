@@ -60,7 +60,7 @@ def location_and_split(location: str, split: str | None) -> tuple[str, str | Non
     return base, suffix
 
 
-def open_source(location: str, config: str | None, for_calibration: bool) -> ImageSource:
+def open_source(location: str, config: str | None, shuffled: bool) -> ImageSource:
     path = Path(location)
     pattern = glob.has_magic(location) and not path.exists()
     if not pattern and not path.exists():
@@ -70,11 +70,11 @@ def open_source(location: str, config: str | None, for_calibration: bool) -> Ima
     if config is not None:
         raise UserError(f"'{location}': only data sets on the hub have configurations; leave config '{config}' out.")
     if path.is_dir():
-        return _folder_source(path, for_calibration)
+        return _folder_source(path, shuffled)
     if pattern:
         files = [Path(file) for file in sorted(glob.glob(location, recursive=True)) if os.path.isfile(file)]
-        return _parquet_source(location, _split_files(files), for_calibration)
-    return _parquet_source(location, _one_file_splits(path), for_calibration)
+        return _parquet_source(location, _split_files(files), shuffled)
+    return _parquet_source(location, _one_file_splits(path), shuffled)
 
 
 def _hub_source(location: str, config: str | None) -> ImageSource:
@@ -89,13 +89,13 @@ def _hub_source(location: str, config: str | None) -> ImageSource:
     return ImageSource(list(splits), splits.__getitem__, count, on_hub=True)
 
 
-def _folder_source(folder: Path, for_calibration: bool) -> ImageSource:
+def _folder_source(folder: Path, shuffled: bool) -> ImageSource:
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return _saved_source(folder)
     files = _visible_files(folder)
     parquet_files = [file for file in files if file.suffix == ".parquet"]
     if parquet_files:
-        return _parquet_source(str(folder), _split_files(parquet_files, folder), for_calibration)
+        return _parquet_source(str(folder), _split_files(parquet_files, folder), shuffled)
     images = [file for file in files if file.suffix.lower() in _IMAGE_SUFFIXES]
     if not images:
         raise UserError(
@@ -164,7 +164,7 @@ def _split_files(files: list[Path], root: Path | None = None) -> dict[str, list[
     return splits
 
 
-def _parquet_source(location: str, splits: dict[str, list[Path]], for_calibration: bool) -> ImageSource:
+def _parquet_source(location: str, splits: dict[str, list[Path]], shuffled: bool) -> ImageSource:
     if not splits:
         raise UserError(f"'{location}': no file fits this pattern.")
     broken = f"'{location}': the parquet files cannot be read; get intact copies"
@@ -178,7 +178,7 @@ def _parquet_source(location: str, splits: dict[str, list[Path]], for_calibratio
             raise no_images(location, split)
         files = splits[split]
         # Reading in order needs no index, so no copy in the cache either.
-        streaming = not for_calibration or sum(file.stat().st_size for file in files) > CACHE_LIMIT_BYTES
+        streaming = not shuffled or sum(file.stat().st_size for file in files) > CACHE_LIMIT_BYTES
         patterns = {split: [glob.escape(str(file)) for file in files]}
         with as_user_error(broken):
             return load_dataset("parquet", data_files=patterns, split=split, streaming=streaming)

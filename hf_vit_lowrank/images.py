@@ -192,7 +192,7 @@ def open_images(
     if samples is not None and samples < 1:
         raise UserError(f"samples must be at least 1, not {samples}.")
     location, split = location_and_split(str(location), split)
-    source = open_source(location, config, for_calibration=seed is not None)
+    source = open_source(location, config, shuffled=seed is not None)
     name = pick_split(source.splits, split, location, prefer_train=seed is not None)
     data = declared(source.open(name))
     features = data.features or Features()

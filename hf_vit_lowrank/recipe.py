@@ -82,6 +82,13 @@ class CompressionRecipe:
 
     def __post_init__(self) -> None:
         self._check_types()
+        self._check_target()
+        if self.compensation is None:
+            object.__setattr__(self, "compensation", "closed-form" if self.preset == OURS else "none")
+        self._check_method()
+        self._check_numbers()
+
+    def _check_target(self) -> None:
         given = [name for name in TARGETS if getattr(self, name) is not None]
         _require(len(given) == 1, f"say how small by exactly one of {', '.join(TARGETS)} (given: {given or 'none'})")
         _require(
@@ -97,9 +104,9 @@ class CompressionRecipe:
             self.cost == "parameters" or self.max_parameters is self.match is None,
             "cost 'flops' needs reduction or min_agreement: max_parameters and match count parameters",
         )
+
+    def _check_method(self) -> None:
         _require(self.preset in PRESETS, f"preset must be one of {', '.join(PRESETS)}, not {self.preset!r}")
-        if self.compensation is None:
-            object.__setattr__(self, "compensation", "closed-form" if self.preset == OURS else "none")
         _require(
             self.compensation in COMPENSATIONS,
             f"compensation must be one of {', '.join(COMPENSATIONS)}, not {self.compensation!r}",
@@ -112,8 +119,6 @@ class CompressionRecipe:
             self.preset == OURS or self.cost == "parameters",
             f"preset '{self.preset}' counts parameters only: cost '{self.cost}' needs preset '{OURS}'",
         )
-        _require(self.distill_epochs >= 1, f"distill_epochs must be at least 1, not {self.distill_epochs}")
-        _require(0 < self.distill_lr < float("inf"), "distill_lr must be positive")
         _require(
             self.min_agreement is None or self.compensation in ("none", "closed-form"),
             f"min_agreement tries many sizes, and training each by '{self.compensation}' would take too long: find the "
@@ -123,16 +128,20 @@ class CompressionRecipe:
             _require(
                 not getattr(self, name) or self.compensation == "distill", f"{name} goes with compensation 'distill'"
             )
-        _require(self.samples >= 1, f"samples must be at least 1, not {self.samples}")
-        _require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
-        _require(0 <= self.seed < 2**32, f"seed must be in [0, 2**32), not {self.seed}")
-        _require(0 < self.query_key_weight < float("inf"), "query_key_weight must be positive")
-        _require(self.rank_multiple >= 1, f"rank_multiple must be at least 1, not {self.rank_multiple}")
         _require(not self.native or self.preset == OURS, f"native goes with preset '{OURS}' only")
         _require(
             not self.probe or (self.preset == OURS and not self.native and self.compensation != "none"),
             f"probe goes with preset '{OURS}' and a compensation, and not with native, whose blocks all have one size",
         )
+
+    def _check_numbers(self) -> None:
+        _require(self.distill_epochs >= 1, f"distill_epochs must be at least 1, not {self.distill_epochs}")
+        _require(0 < self.distill_lr < float("inf"), "distill_lr must be positive")
+        _require(self.samples >= 1, f"samples must be at least 1, not {self.samples}")
+        _require(self.batch_size >= 1, f"batch_size must be at least 1, not {self.batch_size}")
+        _require(0 <= self.seed < 2**32, f"seed must be in [0, 2**32), not {self.seed}")
+        _require(0 < self.query_key_weight < float("inf"), "query_key_weight must be positive")
+        _require(self.rank_multiple >= 1, f"rank_multiple must be at least 1, not {self.rank_multiple}")
 
     def _check_types(self) -> None:
         for name, hint in get_type_hints(type(self)).items():

@@ -1,4 +1,4 @@
-"""What the calibration images tell about a dense classifier: the moments of design 3.1, in one pass.
+"""What the calibration images tell about a dense classifier: the moments of design 3.1.
 
 Everything is kept in the spaces where it is used: queries, keys and contexts (attention-averaged values) per head, so
 that no input moment of the whole hidden size is needed. All sums run over tokens and images, in float64.

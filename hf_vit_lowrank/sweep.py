@@ -66,8 +66,8 @@ def sweep(
         result = build(calibrated, replace(recipe, reduction=size))
         accuracy, dense_accuracy = _accuracies(calibrated, result.model, dataset)
         report = result.report
-        rows.append(_row(size, report["parameters"], result.model, report["predicted_loss"], accuracy))
-    rows.insert(0, _row(0.0, dense.parameters, dense.model, 0.0, dense_accuracy))
+        rows.append(_row(size, report["parameters"], report["flops"], report["predicted_loss"], accuracy))
+    rows.insert(0, _row(0.0, dense.parameters, count_flops(dense.model), 0.0, dense_accuracy))
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sweep.json").write_text(_as_json(calibrated, recipe, dataset, rows), encoding="utf-8")
@@ -79,7 +79,7 @@ def sweep(
 def _row(
     reduction: float,
     parameters: int,
-    model: LowRankViTForImageClassification,
+    flops: int,
     predicted_loss: float,
     accuracy: dict[str, float | None],
 ) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def _row(
         "reduction": reduction,
         "parameters": parameters,
         "bytes": 4 * parameters,
-        "flops": count_flops(model),
+        "flops": flops,
         **accuracy,
         "predicted_loss": predicted_loss,
     }

@@ -13,8 +13,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from .checkpoint import CARD, CHECKPOINT_FILES, CODE, WEIGHTS, changed_files, file_sha256, probe_logits, read_record
+from .checkpoint import CARD, CHECKPOINT_FILES, CODE, WEIGHTS, changed_files, probe_logits, read_record
 from .dense import local_folder
+from .disk import sha256
 from .errors import as_user_error, reason
 from .model_card import unpin
 
@@ -86,7 +87,7 @@ def _code(folder: Path, record: dict[str, Any]) -> tuple[bool, str]:
         return not found, f"it needs no code of its own, and has {', '.join(found) or 'none'}"
     ours = Path(__file__).parent / "remote"
     installed = version("hf-vit-lowrank")
-    different = [name for name in CODE if file_sha256(folder / name) != file_sha256(ours / name)]
+    different = [name for name in CODE if sha256(folder / name) != sha256(ours / name)]
     if different:
         made = record.get("versions", {}).get("hf-vit-lowrank")
         way_out = f": the checkpoint was made by {made}, which can check it" if made not in (None, installed) else ""

@@ -14,6 +14,7 @@ import transformers
 import typer
 
 from hf_vit_lowrank.bench import DEFAULT_METHODS, Method, bench
+from hf_vit_lowrank.cli_arguments import parse_reductions
 from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.images import open_images
 from hf_vit_lowrank.quantised import check_quantisers
@@ -63,20 +64,13 @@ def main(
         open_images(dataset, samples=images, seed=None),
         CompressionRecipe(reduction=0.0, samples=samples, batch_size=batch_size, distill_epochs=distill_epochs),
         methods=chosen,
-        sizes=parse_sizes(sizes),
+        sizes=parse_reductions(sizes, "--sizes"),
         output=output,
         quantised=quantisers_there() if quantise is None else quantise,
         device=device,
         say=lambda line: print(line, flush=True),
     )
     print(output.joinpath("accuracy.md").read_text(encoding="utf-8"))
-
-
-def parse_sizes(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--sizes '{text}' are not numbers with commas: write 0.2,0.4,0.6.") from None
 
 
 def quantisers_there() -> bool:

@@ -29,6 +29,7 @@ from hf_vit_lowrank.bisection import last_that_fits
 from hf_vit_lowrank.dense_layout import from_transformers
 from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.evaluation import count_flops, count_parameters, load_classifier, pick_device
+from hf_vit_lowrank.precision import half_precision
 from hf_vit_lowrank.quantised import quantise
 from hf_vit_lowrank.rank_plan import plan_cost, stored
 from hf_vit_lowrank.remote.configuration_lowrank_vit import LowRankViTConfig
@@ -123,7 +124,7 @@ def main(
 def _usable(precision: str, device: torch.device) -> bool:
     if precision not in PRECISIONS:
         raise UserError(f"'{precision}' is none of {', '.join(PRECISIONS)}.")
-    if precision == "bfloat16" and device.type == "cpu" and not torch.cpu._is_avx512_bf16_supported():
+    if precision == "bfloat16" and device.type == "cpu" and not half_precision(device):
         print("bfloat16 left out: this processor has no instructions for it.", file=sys.stderr)
         return False
     if precision == "int8":

@@ -248,7 +248,9 @@ def _in_two_steps(calibrated: Calibrated, recipe: CompressionRecipe) -> LowRankV
     fitting = embedded_by(half, calibrated.dense.model, calibrated.fitting)
     statistics = collect_statistics(whole, fitting, recipe.seed, torch.float32, None, calibrated.images_at_once)
     blocks: Any = zip(whole.vit.blocks, statistics, strict=True)
-    candidates = [block_candidates(block, moments) for block, moments in blocks]
+    candidates = [
+        block_candidates(block.attention.output.weight, block.mlp.down.weight, moments) for block, moments in blocks
+    ]
     plan = recipe_ranks(calibrated.dense, candidates, calibrated.embedding, recipe)
     small = shrink(whole, candidates, calibrated.embedding, statistics, plan)
     compensate(calibrated, small, recipe, {}, NOWHERE)

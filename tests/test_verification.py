@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from test_checkpoint import PREPROCESSOR, RECORD
 from typer.testing import CliRunner
 
-from hf_vit_lowrank.checkpoint import file_sha256, load_checkpoint, rewrite_card, save_checkpoint, unedited_card
+from hf_vit_lowrank.checkpoint import load_checkpoint, rewrite_card, save_checkpoint, unedited_card
 from hf_vit_lowrank.cli import app
+from hf_vit_lowrank.disk import sha256
 from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.pixels import load_image_processor
 from hf_vit_lowrank.verification import verify_checkpoint
@@ -43,7 +44,7 @@ def edit_weights(folder: Path, change) -> None:
 def forge(folder: Path) -> None:
     """Put the hashes of the files as they are into the record, as somebody who alters a checkpoint would."""
     record = json.loads((folder / "compression.json").read_text())
-    record["files"] = {name: file_sha256(folder / name) for name in record["files"]}
+    record["files"] = {name: sha256(folder / name) for name in record["files"]}
     (folder / "compression.json").write_text(json.dumps(record))
 
 

@@ -8,9 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from ..allocation import ErrorCurve
-from ..remote.modeling_lowrank_vit import LowRankViTBlock
 from ..statistics import BlockStatistics, TokenGroups, token_weight
-from .bypass import BypassCandidate, bypass_candidate
+from .bypass import bypass_candidate
 from .elimination import Elimination
 from .mlp_width import mlp_width_candidate
 from .pivots import num_pivots
@@ -89,10 +88,6 @@ class BlockCandidates:
         pivots = np.array([num_pivots(ranks, hidden_size) for ranks in counts.tolist()])
         return costs.pivot * pivots * np.arange(len(counts))
 
-    def bypass(self, width: int) -> BypassCandidate:
-        """Beside this many hidden units."""
-        return bypass_candidate(self.down_weight, self.width.kept(width), self.mlp_covariance, self.mlp_metric)
-
     def bypass_curve(self, width: int, costs: UnitCosts) -> ErrorCurve:
         """What a bypass can still take from the error that `width` units leave; nothing where all units are kept.
 
@@ -100,12 +95,18 @@ class BlockCandidates:
         """
         if not self.reads_all_tokens or width == len(self.width.order):
             return ErrorCurve(np.zeros(1), costs.bypass, smallest=0)
-        gains = 0.5 * self.bypass(width).gains.numpy()
+        kept = self.width.kept(width)
+        gains = 0.5 * bypass_candidate(self.down_weight, kept, self.mlp_covariance, self.mlp_metric).gains.numpy()
         return ErrorCurve(gains.sum() - np.concatenate(([0.0], gains.cumsum())), costs.bypass, smallest=0)
 
 
-def block_candidates(block: LowRankViTBlock, statistics: BlockStatistics, even_heads: bool = False) -> BlockCandidates:
-    """Candidates of a block at full rank from its dense statistics; `even_heads`: see `value_output_candidate`.
+def block_candidates(
+    output_weight: Tensor, down_weight: Tensor, statistics: BlockStatistics, even_heads: bool = False
+) -> BlockCandidates:
+    """Candidates of a block at full rank from its dense statistics.
+
+    output_weight (d, heads · e), down_weight (d, w): of the attention and of the MLP. even_heads: see
+    `value_output_candidate`.
 
     Moments are per image. The gradients of all tokens are spread evenly over the token weights, so that an error of the
     same size in every token is predicted as it is.
@@ -113,7 +114,7 @@ def block_candidates(block: LowRankViTBlock, statistics: BlockStatistics, even_h
     attention_weight, mlp_weight = token_weight(statistics.attention_gradient), token_weight(statistics.mlp_gradient)
     images, heads = statistics.images, len(statistics.key.second)
     queries = statistics.query.weighted(attention_weight)
-    down_weight = block.mlp.down.weight.detach().cpu()
+    output_weight, down_weight = output_weight.detach().cpu(), down_weight.detach().cpu()
     hidden_and_inputs = statistics.mlp.weighted(mlp_weight)
     mlp_covariance = hidden_and_inputs.covariance() / images
     scales = statistics.score_gradient * images / (queries.count * statistics.query.count)
@@ -128,7 +129,7 @@ def block_candidates(block: LowRankViTBlock, statistics: BlockStatistics, even_h
             scales.tolist(),
         ),
         value_output=value_output_candidate(
-            block.attention.output.weight.detach().cpu(),
+            output_weight,
             contexts.covariance() / images,
             output_metric(statistics.attention_gradient, attention_weight),
             heads,
