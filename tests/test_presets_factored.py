@@ -107,10 +107,16 @@ def expected_metric(inputs: PresetInputs, preset: str, x: torch.Tensor, fisher: 
         return torch.diag(fisher)
     if preset == "asvd":
         return torch.diag(x.abs().mean(0))  # (mean |x|)^½, squared
-    return x.mT @ x if preset == "svd-llm" else (x - x.mean(0)).mT @ (x - x.mean(0))
+    return x.mT @ x if preset in ("svd-llm", "flar-svd") else (x - x.mean(0)).mT @ (x - x.mean(0))
 
 
-@pytest.mark.parametrize("preset", ["svd", "fwsvd", "asvd", "svd-llm", "afm"])
+def root_of(metric: torch.Tensor) -> torch.Tensor:
+    """R with R Rᵀ the metric."""
+    values, vectors = torch.linalg.eigh(metric)
+    return vectors * values.clamp_min(0.0).sqrt()
+
+
+@pytest.mark.parametrize("preset", ["svd", "fwsvd", "asvd", "svd-llm", "afm", "kfac-svd", "flar-svd"])
 def test_every_weight_minimises_the_criterion_of_its_preset(inputs, models, preset):
     small = models[preset]
     stream = torch.cat(inputs.embeddings)
@@ -119,11 +125,13 @@ def test_every_weight_minimises_the_criterion_of_its_preset(inputs, models, pres
         for name, rank in small.config.factor_ranks[layer].items():
             weight = whole_weights(block)[name].double()
             x = trace.inputs[name].flatten(0, 1).double()
-            metric = expected_metric(inputs, preset, x, inputs.linear_statistics[layer][name].input_fisher)
-            values, vectors = torch.linalg.eigh(metric)
-            root = vectors * values.clamp_min(0.0).sqrt()
-            reached = ((weight - product(small, layer, name)) @ root).square().sum()
-            best = torch.linalg.svdvals(weight @ root)[rank:].square().sum()
+            statistics = inputs.linear_statistics[layer][name]
+            root = root_of(expected_metric(inputs, preset, x, statistics.input_fisher))
+            left = torch.eye(len(weight), dtype=torch.float64)
+            if preset == "kfac-svd":
+                left = root_of(statistics.gradient + 1e-3 * statistics.gradient.diagonal().mean() * left).mT
+            reached = (left @ (weight - product(small, layer, name)) @ root).square().sum()
+            best = torch.linalg.svdvals(left @ weight @ root)[rank:].square().sum()
             assert float(reached) == pytest.approx(float(best), rel=1e-3)
         stream = trace.after
 
@@ -157,15 +165,18 @@ def test_blockwise_uses_the_compressed_stream(models):
     assert not torch.allclose(product(one_shot, 1, "up"), product(blockwise, 1, "up"), atol=1e-3)
 
 
-def test_means_are_folded(inputs, models):
-    # In the first block both models see the same, so the mean output of each factored weight is the dense one.
-    small, stream = models["afm"].vit.blocks[0], torch.cat(inputs.embeddings)
-    dense = traced_linears(inputs.model.vit.blocks[0], stream)
-    for name, outputs in dense.outputs.items():
-        found, expected = linear_of(small, name)(dense.inputs[name]).mean((0, 1)), outputs.mean((0, 1))
-        if name == "query_key_value":
-            found[:48] /= query_scale(small)
-        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+@pytest.mark.parametrize("preset", ["afm", "kfac-svd"])
+def test_means_are_folded(inputs, models, preset):
+    # Of what the dense model has there, the mean output of each factored weight is the dense one.
+    stream = torch.cat(inputs.embeddings)
+    for layer, (block, source) in enumerate(zip(models[preset].vit.blocks, inputs.model.vit.blocks, strict=True)):
+        dense = traced_linears(source, stream)
+        for name in models[preset].config.factor_ranks[layer]:
+            found, expected = linear_of(block, name)(dense.inputs[name]).mean((0, 1)), dense.outputs[name].mean((0, 1))
+            if name == "query_key_value":
+                found[:48] /= query_scale(source)
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+        stream = dense.after
 
 
 def test_kfac_predicts_what_its_metric_says_and_moves_ranks_to_where_they_count(inputs, models):
@@ -177,7 +188,7 @@ def test_kfac_predicts_what_its_metric_says_and_moves_ranks_to_where_they_count(
         weight = whole_weights(inputs.model.vit.blocks[layer])[name].double()
         own = inputs.linear_statistics[layer][name]
         gradient = own.gradient + 1e-3 * own.gradient.diagonal().mean() * torch.eye(len(weight), dtype=torch.float64)
-        roots = [v * w.clamp_min(0).sqrt() for w, v in map(torch.linalg.eigh, (gradient, own.inputs.covariance()))]
+        roots = [root_of(metric) for metric in (gradient, own.inputs.covariance())]
         singular = torch.linalg.svdvals(roots[0].mT @ weight @ roots[1])
         tokens = own.inputs.count / images
         lost = 0.0 if rank is None else float(singular[rank:].square().sum())
