@@ -12,7 +12,6 @@ divergence of the confined model from the dense one: with no other weight to cha
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,6 +25,7 @@ from .linalg import eigh
 from .progress import track
 from .rank_plan import with_hidden_size
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
+from .schedule import warm_up_and_cosine
 from .statistics import TokenGroups
 
 # Each is used once. With 176 of its 192 entries DeiT-tiny is 0.165 nats from itself by 160 images, 0.132 by 640.
@@ -45,10 +45,8 @@ def stream_basis(
     directions, expected = _principal_directions(model, images, images_at_once)
     free = directions[:, : hidden_size - 1].clone().requires_grad_()
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).split(IMAGES_A_STEP)
-    optimizer, steps = torch.optim.Adam([free], LEARNING_RATE), len(order)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps))
-    )
+    optimizer = torch.optim.Adam([free], LEARNING_RATE)
+    schedule = warm_up_and_cosine(optimizer, WARM_UP_STEPS, len(order))
     for chosen in track(order, "Stream", len(images), size=len):
         optimizer.zero_grad()
         for part in chosen.split(images_at_once):

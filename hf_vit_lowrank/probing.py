@@ -20,7 +20,7 @@ from torch import Tensor
 from . import processes
 from .budget import recipe_ranks
 from .calibration import Calibrated, mean_divergence, stream_logits
-from .candidates.block import BlockCandidates, UnitCosts
+from .candidates.block import FREE, BlockCandidates
 from .compensation.closed_form import refit_block
 from .compensation.drift import moved, tokens_computed
 from .compensation.steps import parts, refit
@@ -40,7 +40,6 @@ IMAGES = 300
 # Curves are multiplied by at most this, and by no less than one over it.
 LARGEST_FACTOR = 2.0
 _PIECES = ("query_key_ranks", "value_output_ranks", "mlp_widths")
-_FREE = UnitCosts(1, 1, 1, 1)  # of a curve only the errors are read
 
 
 @dataclass(frozen=True)
@@ -125,9 +124,8 @@ class _Prober:
             return mean_divergence(stream_logits(self.model, behind, layer + 1), expected)
 
         step, worth = max(int(STEP * config.hidden_size), 1), []
-        chosen = sum(plan.query_key_ranks[layer]), sum(plan.value_output_ranks[layer]), plan.mlp_widths[layer]
-        curves = candidate.curves(_FREE, self.recipe.query_key_weight, self.recipe.rank_multiple, plan.last_width)
-        for piece, (size, curve) in enumerate(zip(chosen, curves, strict=True)):
+        curves = candidate.curves(FREE, self.recipe.query_key_weight, self.recipe.rank_multiple, plan.last_width)
+        for piece, (size, curve) in enumerate(zip(plan.sizes(layer), curves, strict=True)):
             sizes = max(size - step, curve.sizes[0]), min(size + step, curve.largest)
             smaller, larger = (divergence(_with_size(plan, layer, candidate, piece, other)) for other in sizes)
             predicted = float(curve.errors[sizes[0]] - curve.errors[sizes[1]])

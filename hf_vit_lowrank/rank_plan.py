@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .allocation import SMALLEST_SIZE, ErrorCurve, ImpossibleBudgetError, allocate, allocate_pair, hull_corners
-from .candidates.block import LAST_WIDTH_WEIGHT, BlockCandidates, UnitCosts, last_width_weight
+from .candidates.block import FREE, LAST_WIDTH_WEIGHT, BlockCandidates, UnitCosts, last_width_weight
 from .candidates.embedding import EmbeddingCandidates
 from .candidates.pivots import num_pivots
 from .errors import UserError
@@ -54,6 +54,10 @@ class RankPlan:
             embedding_ranks=self.embedding_ranks,
         )
         return LowRankViTConfig.from_dict(fields)
+
+    def sizes(self, layer: int) -> tuple[int, int, int]:
+        """Of the three curves of a block (see `BlockCandidates.curves`)."""
+        return sum(self.query_key_ranks[layer]), sum(self.value_output_ranks[layer]), self.mlp_widths[layer]
 
 
 def stream_size(config: LowRankViTConfig, removed: float) -> int:
@@ -285,14 +289,10 @@ def curve_records(
     of the sizes.
     """
     records: dict[str, list[Any]] = {"query_key": [], "value_output": [], "mlp_width": []}
-    free = UnitCosts(1, 1, 1, 1)  # pivots apart, corners are where they are whatever a unit costs
     for layer, block in enumerate(candidates):
-        chosen = (
-            *(sum(plan.query_key_ranks[layer]), sum(plan.value_output_ranks[layer])),
-            plan.mlp_widths[layer],
-        )
-        curves = block.curves(free, query_key_weight, multiple, plan.last_width)
-        for curves_of_kind, curve, size in zip(records.values(), curves, chosen, strict=True):
+        # Pivots apart, corners are where they are whatever a unit costs.
+        curves = block.curves(FREE, query_key_weight, multiple, plan.last_width)
+        for curves_of_kind, curve, size in zip(records.values(), curves, plan.sizes(layer), strict=True):
             curves_of_kind.append(_curve_record(curve, size))
     return records
 

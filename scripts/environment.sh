@@ -4,6 +4,8 @@ PYTHON=${PYTHON:-python3}
 # A module is compiled when it is first imported, and the result is kept: to compile all of them on installing takes as
 # long as the installation.
 unset PYTHONDONTWRITEBYTECODE
+# Beside a program that keeps a core busy, threads that wait without sleeping make small models twenty times as slow.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 
 # make_environment FOLDER REQUIREMENT…: a virtual environment, made anew only when what belongs in it has changed,
 # so that a second run needs no network.

@@ -45,6 +45,10 @@ class UnitCosts:
     pivot: int = 0
 
 
+# Where of a curve only the errors are read.
+FREE = UnitCosts(1, 1, 1, 1)
+
+
 @dataclass(frozen=True)
 class BlockCandidates:
     """query_key, value_output: of all heads; width: the MLP's units; `bypass` around those kept.

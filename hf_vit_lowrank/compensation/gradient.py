@@ -10,7 +10,6 @@ answer in place of a blended one). Of the other blocks, which see many tokens of
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from ..precision import half_precision
 from ..progress import track
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
 from ..run_folder import RunFolder
+from ..schedule import warm_up_and_cosine
 from ..statistics import BlockStatistics, token_weight
 from .closed_form import refit_block
 from .drift import moved, partly_drifted, tokens_computed
@@ -214,10 +214,7 @@ def _descend(
     first = sum(counts[: processes.index()])
     steps = EPOCHS * -(-sum(counts) // batch_size)
     optimizer = torch.optim.Adam(block.parameters(), LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer,
-        lambda step: min(1.0, (step + 1) / WARM_UP_STEPS) * 0.5 * (1 + math.cos(math.pi * step / steps)),
-    )
+    schedule = warm_up_and_cosine(optimizer, WARM_UP_STEPS, steps)
     half = half_precision(device)
     for _ in range(EPOCHS):
         for chosen in torch.randperm(sum(counts), generator=generator).split(batch_size):
