@@ -21,14 +21,14 @@ HEADS = (slice(0, 6), slice(6, 12))
 
 @pytest.fixture(scope="module")
 def inputs() -> Any:
-    """Stands in for PresetInputs. Small keys, and queries of other sizes in each head, so that ridges matter; half of
+    """Stands in for PresetInputs. Small keys, and queries of other sizes in each head, so that ridges matter; some of
     the hidden units are strong where they are active, but seldom are."""
     model = random_model(0.3, hidden_size=12, num_attention_heads=2, intermediate_size=20, image_size=8, num_labels=5)
     for block in model.vit.blocks:
         block.attention.query.weight[6:] *= 3
         block.attention.key_value.weight[:12] *= 0.05
-        block.mlp.up.weight[:10] *= 6
-        block.mlp.up.bias[:10] -= 6
+        block.mlp.up.weight[:5] *= 6
+        block.mlp.up.bias[:5] -= 6
     pixels = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     embeddings = list(model.vit.embeddings(pixels).split(16))
     statistics = collect_statistics(model, embeddings, 0)
@@ -81,7 +81,8 @@ def test_blocks_of_corp(inputs, seen):
     for block, source, x in zip(small.vit.blocks, inputs.model.vit.blocks, seen, strict=True):
         found, dense = weights_of(block), weights_of(source)
         width, size = len(found.up), found.scores_size
-        assert (width < 20, size < 6) == (True, True)
+        assert width < 20
+        assert size < 6
         # Units by their energy and how often they are active; the others predicted from them by ridge regression.
         rms = np.sqrt((x.hidden**2).mean())
         units = highest((x.hidden**2).mean(0) * (np.abs(x.hidden) > 0.01 * rms).mean(0), width)
@@ -116,7 +117,8 @@ def test_blocks_of_modegpt(inputs, seen):
     for block, source, x in zip(small.vit.blocks, inputs.model.vit.blocks, seen, strict=True):
         found, dense = weights_of(block), weights_of(source)
         width, size, rank = len(found.up), found.scores_size, found.context_size
-        assert (width < 20, size < 6, rank < 6) == (True, True, True)
+        assert width < 20
+        assert max(size, rank) < 6
         moment = x.hidden.T @ x.hidden
         units = highest(np.diag(moment @ np.linalg.inv(moment + np.eye(20))), width)
         down = np.linalg.lstsq(x.hidden[:, units], x.hidden @ dense.down.T, rcond=None)[0].T
