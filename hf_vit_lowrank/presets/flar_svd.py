@@ -28,13 +28,13 @@ def flar_svd(inputs: PresetInputs, limit: int) -> LowRankViTForImageClassificati
     """A model with at most `limit` parameters: SVD-LLM's factors, ranks by a search (Thoma et al., CVPRW 2025).
 
     For every weight the smallest rank, a multiple of 8, is found by bisection at which compressing this weight alone
-    changes the last feature (what the classifier reads) by no more than a threshold, as a share of its mean square. The
-    threshold is the change made by the uniform model of this size, divided by the number of weights; the ranks found
-    are then scaled to the size, as in the authors' code. Different here: a weight that no rank is good enough for
-    counts with its break-even rank and is scaled too, ranks are not rounded to multiples of 8 after scaling, moments
-    are not shrunk as by Ledoit and Wolf batch by batch (in the authors' code an intensity that rounding decides), and
-    there is no filter by latency. Each weight is searched alone in the dense model, which is their default, too. The
-    search runs on the first 32 calibration images, theirs on 512 that are blended.
+    changes the last feature (what the classifier reads) by no more than a threshold, as a share of the mean square of
+    the feature it makes. The threshold is the change made by the uniform model of this size, divided by the number of
+    weights; the ranks found are then scaled to the size, as in the authors' code. Different here: a weight that no rank
+    is good enough for counts with its break-even rank and is scaled too, ranks are not rounded to multiples of 8 after
+    scaling, moments are not shrunk as by Ledoit and Wolf batch by batch (in the authors' code an intensity that
+    rounding decides), and there is no filter by latency. Each weight is searched alone in the dense model, which is
+    their default, too. The search runs on the first 32 calibration images, theirs on 512 that are blended.
 
     Raises:
         UserError: the limit cannot be reached.
