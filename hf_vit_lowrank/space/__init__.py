@@ -16,7 +16,7 @@ from ..errors import UserError
 
 GRADIO_VERSION = "6.31.0"
 # As in pyproject.toml: what the two files of code in a checkpoint need.
-REQUIREMENTS = ("torch>=2.4", "transformers>=4.57,!=5.0.*,!=5.1.*,!=5.2.*,!=5.3.*,!=5.4.*", "pillow>=10.1")
+REQUIREMENTS = ("torch>=2.6", "transformers>=4.57,!=5.0.*,!=5.1.*,!=5.2.*,!=5.3.*,!=5.4.*", "pillow>=10.1")
 _APP = Path(__file__).with_name("app.py")
 _DENSE_FILES = ("config.json", "preprocessor_config.json", "*.safetensors", "*.safetensors.index.json")
 
