@@ -22,7 +22,7 @@ from .charts import bytes_chart, methods_chart, plan_chart
 from .compress import CompressionResult, build
 from .dense import DenseSource, load_dense
 from .errors import UserError, reason
-from .evaluation import count_flops, count_parameters, evaluate_classifier, pick_device
+from .evaluation import count_flops, evaluate_classifier, pick_device
 from .images import ImageStream
 from .model_card import evaluation_record, model_card
 from .pivoting import unpivoted
@@ -217,7 +217,7 @@ def _measure(cell: Cell, workshop: _Workshop, batches: PreparedImages, store: St
         against = None if dense["failed"] else {name: dense[name] for name in ("top1", "top5")}
         workshop.write_card(cell, result.report, {**report.to_dict(), "against": against})
     return {
-        "parameters": count_parameters(plain) if cell.recipe else workshop.dense.parameters,
+        "parameters": result.report["parameters"] if result else workshop.dense.parameters,
         "bytes": serialised_bytes(model),
         "flops": result.report["flops"] if result else count_flops(plain),
         "top1": report.top1,

@@ -14,12 +14,13 @@ from torch import Tensor
 from . import processes
 from .bisection import last_that_fits
 from .budget import recipe_limit, recipe_ranks
-from .calibration import AGREEMENT_SHARE, NOWHERE, Calibrated, calibrate, held_back_agreement, training_share
+from .calibration import AGREEMENT_SHARE, NOWHERE, Calibrated, calibrate, training_share
 from .charts import plan_chart
 from .checkpoint import save_checkpoint
 from .compensation.steps import compensate, measured_drifts
 from .dense import not_finite
 from .dense_layout import to_transformers
+from .divergence import held_back_agreement
 from .errors import RunError, UserError
 from .expected_time import expected_seconds
 from .hub import PushReport, push_folder

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from . import processes
 from .budget import recipe_ranks
-from .calibration import Calibrated, mean_divergence, stream_logits
+from .calibration import Calibrated
 from .candidates.block import FREE, BlockCandidates
 from .compensation.closed_form import refit_block
 from .compensation.drift import moved, tokens_computed
 from .compensation.steps import parts, refit
+from .divergence import mean_divergence, stream_logits
 from .embeddings import embedded_by
 from .out_of_memory import with_smaller_batches
 from .progress import track

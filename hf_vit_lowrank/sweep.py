@@ -8,9 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .calibration import AGREEMENT_SHARE, Calibrated, calibrate, held_back_agreement, training_share
+from .calibration import AGREEMENT_SHARE, Calibrated, calibrate, training_share
 from .charts import size_chart
 from .compress import build
+from .divergence import held_back_agreement
 from .errors import UserError
 from .evaluation import class_of_label, count_flops, evaluate_classifier
 from .images import ImageStream

@@ -28,17 +28,11 @@ import typer
 from trial_sizes import learned_plan
 
 from hf_vit_lowrank.budget import recipe_ranks
-from hf_vit_lowrank.calibration import (
-    NOWHERE,
-    TRAINING_SHARE,
-    Calibrated,
-    calibrate,
-    held_back_agreement,
-    held_back_divergence,
-)
+from hf_vit_lowrank.calibration import NOWHERE, TRAINING_SHARE, Calibrated, calibrate
 from hf_vit_lowrank.candidates.block import block_candidates
 from hf_vit_lowrank.compensation.steps import compensate
 from hf_vit_lowrank.compress import build
+from hf_vit_lowrank.divergence import held_back_agreement, held_back_divergence
 from hf_vit_lowrank.embeddings import embedded_by
 from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.export import densified

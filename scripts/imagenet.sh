@@ -6,8 +6,8 @@ usage() {
 imagenet.sh [--output FOLDER] [--models "ID ID …"] [--smoke] [OPTIONS of bench_accuracy.py]
 
 Every method (but distillation: --methods mixed-rank/distill) × every size for DeiT-B, DeiT-S and ViT-B on full
-ImageNet: calibrated on 1,024 training images, measured on all 50,000 validation images. Each model's tables and charts go into a folder of its own under FOLDER
-(imagenet-accuracy). What is finished is kept: the same command goes on after an interruption.
+ImageNet: calibrated on 1,024 training images, measured on all 50,000 validation images. Each model's tables and charts
+go into a folder of its own under FOLDER (imagenet-accuracy). What is finished is kept: the same command goes on after an interruption.
 
   --output FOLDER    where to write
   --models "ID …"    hub ids or folders of other models, or fewer; one command per GPU shares the work out:

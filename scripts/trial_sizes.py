@@ -19,7 +19,8 @@ from torch.nn.functional import kl_div
 
 from hf_vit_lowrank.bisection import last_that_fits
 from hf_vit_lowrank.budget import recipe_ranks
-from hf_vit_lowrank.calibration import Calibrated, stream_logits
+from hf_vit_lowrank.calibration import Calibrated
+from hf_vit_lowrank.divergence import stream_logits
 from hf_vit_lowrank.embeddings import embedded_by
 from hf_vit_lowrank.rank_plan import RankPlan, model_costs
 from hf_vit_lowrank.recipe import CompressionRecipe

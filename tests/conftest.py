@@ -47,6 +47,15 @@ def _own_caches() -> Iterator[None]:
     shutil.rmtree(_caches, ignore_errors=True)
 
 
+@pytest.fixture(scope="module")
+def quiet() -> Iterator[None]:
+    """No progress bars."""
+    from hf_vit_lowrank import progress
+
+    with progress.quiet():
+        yield
+
+
 @pytest.fixture
 def plain_layout(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is built keeps the stream of the dense model, to be compared with it block by block."""

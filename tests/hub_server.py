@@ -18,7 +18,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import pytest
 import yaml
+from huggingface_hub import constants
 
 WRITE, READ = "hf_writeSecretSecretSecretSecretSecret", "hf_readSecretSecretSecretSecretSecret"
 # What the real hub keeps out of git's own storage.
@@ -103,6 +105,14 @@ def serve() -> Iterator[Hub]:
         hub.server.shutdown()
         hub.server.server_close()
         thread.join()
+
+
+def point_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the client of this process ask the hub at `url`."""
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -13,11 +13,12 @@ from datasets import ClassLabel, load_dataset
 
 import hf_vit_lowrank
 from hf_vit_lowrank.budget import recipe_ranks
-from hf_vit_lowrank.calibration import calibrate, held_back_agreement, held_back_divergence, training_share
+from hf_vit_lowrank.calibration import calibrate, training_share
 from hf_vit_lowrank.checkpoint import load_checkpoint
 from hf_vit_lowrank.compensation import drift
 from hf_vit_lowrank.compensation.closed_form import _refit_attention, compensate_closed_form
 from hf_vit_lowrank.compress import build, compress, plan
+from hf_vit_lowrank.divergence import held_back_agreement, held_back_divergence
 from hf_vit_lowrank.embeddings import embedded_by
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.evaluation import count_parameters, evaluate_classifier

@@ -16,7 +16,7 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import random_model
-from hub_server import READ, WRITE, Hub, serve
+from hub_server import READ, WRITE, Hub, point_at, serve
 from huggingface_hub import ModelCard
 from test_checkpoint import EVALUATION, PREPROCESSOR, RECORD, code_blocks
 from typer.testing import CliRunner
@@ -61,11 +61,7 @@ def folder(saved: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch):
     with serve() as hub:
-        template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE
-        template = template.replace(huggingface_hub.constants.ENDPOINT, hub.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        point_at(hub.url, monkeypatch)
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)  # a server of its own, not at hand
         monkeypatch.setattr(hub_module, "WAITS", (0, 0, 0))
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)

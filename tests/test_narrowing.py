@@ -14,9 +14,10 @@ from torch.nn.functional import layer_norm
 
 from hf_vit_lowrank import calibration, narrowing
 from hf_vit_lowrank.budget import check_reachable, recipe_limit
-from hf_vit_lowrank.calibration import calibrate, held_back_divergence
+from hf_vit_lowrank.calibration import calibrate
 from hf_vit_lowrank.compress import build, compress
 from hf_vit_lowrank.dense_layout import why_not_uniform
+from hf_vit_lowrank.divergence import held_back_divergence
 from hf_vit_lowrank.embeddings import embedded_by
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.evaluation import count_parameters

@@ -11,7 +11,6 @@ from conftest import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_vit_lowrank import progress
 from hf_vit_lowrank.allocation import ErrorCurve, ImpossibleBudgetError, energy_greedy
 from hf_vit_lowrank.checkpoint import load_checkpoint, save_checkpoint
 from hf_vit_lowrank.errors import UserError
@@ -27,17 +26,21 @@ from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassif
 NAMES = ("svd", "fwsvd", "asvd", "svd-llm", "svd-llm-blockwise", "afm", "kfac-svd", "flar-svd", "paper")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _quiet():
-    with progress.quiet():
-        yield
+SIZES = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96, "image_size": 16, "num_labels": 5}
+
+pytestmark = pytest.mark.usefixtures("quiet")
+
+
+def random_inputs(spread: float) -> PresetInputs:
+    """Of a small model whose parameters are all normal with this standard deviation, and noise."""
+    model = random_model(spread, **SIZES)
+    pixels = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(1)) + 1.0
+    return PresetInputs(model, list(model.vit.embeddings(pixels).split(16)), [], seed=0, images_at_once=16)
 
 
 @pytest.fixture(scope="module")
 def inputs() -> PresetInputs:
-    model = random_model(0.15, hidden_size=48, num_attention_heads=3, intermediate_size=96, image_size=16, num_labels=5)
-    pixels = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(1)) + 1.0
-    return PresetInputs(model, list(model.vit.embeddings(pixels).split(16)), [], seed=0, images_at_once=16)
+    return random_inputs(0.15)
 
 
 @pytest.fixture(scope="module")

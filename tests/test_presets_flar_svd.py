@@ -9,29 +9,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import random_model
-from test_presets_factored import root_of
+from test_presets_factored import SIZES, random_inputs, root_of
 
-from hf_vit_lowrank import progress
 from hf_vit_lowrank.candidates.factored import FactoredCandidate
 from hf_vit_lowrank.evaluation import count_parameters
 from hf_vit_lowrank.linear_statistics import traced_linears, whole_weights
 from hf_vit_lowrank.presets.flar_svd import _FeatureError, _smallest_rank, flar_svd
 from hf_vit_lowrank.presets.inputs import PresetInputs
 
-SIZES = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96, "image_size": 16, "num_labels": 5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quiet():
-    with progress.quiet():
-        yield
+pytestmark = pytest.mark.usefixtures("quiet")
 
 
 @pytest.fixture(scope="module")
 def inputs() -> PresetInputs:
-    model = random_model(0.15, **SIZES)
-    pixels = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(1)) + 1.0
-    return PresetInputs(model, list(model.vit.embeddings(pixels).split(16)), [], seed=0, images_at_once=16)
+    return random_inputs(0.15)
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,8 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import random_model
-from test_presets_factored import product, root_of
+from test_presets_factored import product, random_inputs, root_of
 
-from hf_vit_lowrank import progress
 from hf_vit_lowrank.candidates.factored import FactoredCandidate
 from hf_vit_lowrank.evaluation import count_parameters
 from hf_vit_lowrank.linear_statistics import linear_of, query_scale, traced_linears, whole_weights
@@ -23,15 +21,15 @@ SECOND = {"query_key_value": 1, "output": 1, "up": 1, "down": 1}  # 5 % of 36, 2
 # Directions in which inputs vary less than this, as a share, are rounding: compressed contexts have few dimensions.
 SMALLEST_SHARE = 1e-3
 
+pytestmark = pytest.mark.usefixtures("quiet")
+
 
 @pytest.fixture(scope="module")
 def inputs() -> PresetInputs:
-    sizes = {"hidden_size": 48, "num_attention_heads": 3, "intermediate_size": 96, "image_size": 16, "num_labels": 5}
-    model = random_model(0.3, **sizes)
-    for block in model.vit.blocks:
+    inputs = random_inputs(0.3)
+    for block in inputs.model.vit.blocks:
         block.attention.query.weight *= 5  # so that contexts vary
-    pixels = torch.randn(40, 3, 16, 16, generator=torch.Generator().manual_seed(1)) + 1.0
-    return PresetInputs(model, list(model.vit.embeddings(pixels).split(16)), [], seed=0, images_at_once=16)
+    return inputs
 
 
 def best_second_tensor(
@@ -45,7 +43,7 @@ def best_second_tensor(
 
 @pytest.fixture(scope="module")
 def small(inputs) -> LowRankViTForImageClassification:
-    with pytest.MonkeyPatch.context() as patch, progress.quiet():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr("hf_vit_lowrank.presets.paper.second_tensor", best_second_tensor)
         return paper(inputs, int(0.5 * count_parameters(inputs.model)))
 

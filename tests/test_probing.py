@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 
 from hf_vit_lowrank import probing, regression
 from hf_vit_lowrank.budget import recipe_ranks
-from hf_vit_lowrank.calibration import NOWHERE, calibrate, stream_logits
+from hf_vit_lowrank.calibration import NOWHERE, calibrate
 from hf_vit_lowrank.candidates.block import UnitCosts
 from hf_vit_lowrank.compensation.closed_form import refit_block
 from hf_vit_lowrank.compensation.drift import moved, tokens_computed
 from hf_vit_lowrank.compensation.steps import parts
 from hf_vit_lowrank.compress import build
+from hf_vit_lowrank.divergence import stream_logits
 from hf_vit_lowrank.embeddings import embedded_by
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.probing import LARGEST_FACTOR, Weighed, curve_factors, probe_sizes

@@ -287,9 +287,9 @@ def test_any_plan_computes_what_the_formulas_say(config: LowRankViTConfig):
     torch.testing.assert_close(read, full[:, : config.num_tokens_read], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(config=configs())
-@pytest.mark.slow
 def test_any_plan_loads_in_a_fresh_process(config, fresh, image_processor, tmp_path_factory):
     model, pixels = make_model(config), make_pixels(config)
     folder = tmp_path_factory.mktemp("plan") / "checkpoint"

@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from huggingface_hub import constants
+from hub_server import point_at
 from test_faults import call, compression, make_pictures, make_source, record_of, succeeded
 
 from hf_vit_lowrank import remote
@@ -54,10 +54,7 @@ def echoing_hub() -> Iterator[tuple[str, list[str]]]:
 
 def test_tokens_are_in_no_message_and_no_traceback(echoing_hub, tmp_path, monkeypatch):
     address, seen = echoing_hub
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, address)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    point_at(address, monkeypatch)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     pictures = make_pictures(tmp_path / "pictures", 1)
     done = call(*compression("owner/model", pictures, tmp_path / "out", "--debug"))

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import ViTImageProcessor
 
 from hf_vit_lowrank.augmentation import KEPT_SIZE, RandomViews
-from hf_vit_lowrank.calibration import CPU_IMAGES_AT_ONCE, calibrate, held_back_confidence, held_back_divergence
+from hf_vit_lowrank.calibration import CPU_IMAGES_AT_ONCE, calibrate
 from hf_vit_lowrank.checkpoint import load_checkpoint
 from hf_vit_lowrank.compensation import steps
 from hf_vit_lowrank.compensation.drift import DRIFT_SEEN
@@ -31,6 +31,7 @@ from hf_vit_lowrank.compensation.gradient import (
     compensate_gradient,
 )
 from hf_vit_lowrank.compress import build
+from hf_vit_lowrank.divergence import held_back_confidence, held_back_divergence
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.images import LabelledImage, open_images
 from hf_vit_lowrank.recipe import CompressionRecipe

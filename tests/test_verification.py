@@ -168,10 +168,10 @@ def test_a_hub_that_cannot_be_asked_is_no_difference(monkeypatch):
     def broken(*_: object, **__: object) -> None:
         raise RunError("The hub could not be reached.")
 
-    monkeypatch.setattr("hf_vit_lowrank.verification.local_folder", broken)
+    monkeypatch.setattr("hf_vit_lowrank.dense.snapshot_download", broken)
     code, _, err = call("verify", "org/nothing")
     assert code == 3
-    assert "The hub could not be reached." in err
+    assert "'org/nothing' is no folder here; and as a repository: The hub could not be reached." in err
 
 
 # ---------------------------------------------------------------------------------------------- a card with new figures

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from .. import processes
-from ..calibration import Calibrated, held_back_confidence, held_back_divergence, label_classes
+from ..calibration import Calibrated, label_classes
+from ..divergence import held_back_confidence, held_back_divergence
 from ..embeddings import embedded_by, embedding_change
 from ..errors import UserError
 from ..out_of_memory import with_smaller_batches
