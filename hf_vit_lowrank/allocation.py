@@ -109,6 +109,16 @@ def hull_corners(curve: ErrorCurve) -> list[int]:
     return corners
 
 
+def hull_slopes(curve: ErrorCurve) -> np.ndarray:
+    """For each size 0, 1, … of a curve what its lower convex hull falls by, per cost, from there on; 0 at the end."""
+    corners = hull_corners(curve)
+    slopes = np.zeros(curve.largest + 1)
+    for smaller, larger in pairwise(corners):
+        slopes[smaller:larger] = _saving(curve, smaller, larger)
+    slopes[: corners[0]] = slopes[corners[0]]
+    return slopes
+
+
 def _hull_steps(curve: ErrorCurve) -> list[tuple[float, int]]:
     """(saving per cost, size reached) of each edge of the lower convex hull, savings falling."""
     return [(_saving(curve, smaller, larger), larger) for smaller, larger in pairwise(hull_corners(curve))]

@@ -158,8 +158,8 @@ class Calibrated:
 
     def _candidates(self, layer: int) -> BlockCandidates:
         block: Any = self.dense.model.vit.blocks[layer]
-        output, down = block.attention.output.weight, block.mlp.down.weight
-        return block_candidates(output, down, self.statistics[layer], self.native)
+        weights = block.attention.output.weight, block.mlp.up.weight, block.mlp.down.weight
+        return block_candidates(*weights, self.statistics[layer], self.native)
 
     @cached_property
     def embedding(self) -> EmbeddingCandidates:

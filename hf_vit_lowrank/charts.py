@@ -189,9 +189,10 @@ def plan_chart(plan: dict[str, Any]) -> bytes:
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("weight" if columns[title] is FACTORABLE else "head")
     bars.barh(layers, plan["mlp_widths"], color=_COMPRESSED)
-    bypasses = plan.get("bypass_ranks") or [0] * len(layers)
-    for layer, (width, bypass) in enumerate(zip(plan["mlp_widths"], bypasses, strict=True)):
-        bars.annotate(f"{width}" + (f" + bypass {bypass}" if bypass else ""), (0, layer), xytext=(4, 0), fontsize=7,
+    ranks, bypasses = (plan.get(name) or [0] * len(layers) for name in ("up_ranks", "bypass_ranks"))
+    for layer, (width, rank, bypass) in enumerate(zip(plan["mlp_widths"], ranks, bypasses, strict=True)):
+        text = f"{width}" + (f", rank {rank}" if rank else "") + (f" + bypass {bypass}" if bypass else "")
+        bars.annotate(text, (0, layer), xytext=(4, 0), fontsize=7,
                       textcoords="offset points", va="center", color="black",
                       bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5})  # fmt: skip
     bars.set_title("MLP width", fontsize=10)

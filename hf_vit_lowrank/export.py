@@ -236,8 +236,8 @@ def _opened(folder: str | Path, output: str | Path, overwrite: bool) -> tuple[Lo
 
 def _dense_flops(config: LowRankViTConfig) -> int:
     """Of the dense model as transformers computes it."""
-    whole_stream = {"hidden_size": config.dense_hidden_size, "output_pivots": None, "projection_pivots": 0}
-    return plan_cost(_full_config(LowRankViTConfig.from_dict({**config.to_dict(), **whole_stream})), "flops", True)
+    whole = {"hidden_size": config.dense_hidden_size, "output_pivots": None, "projection_pivots": 0, "up_ranks": None}
+    return plan_cost(_full_config(LowRankViTConfig.from_dict({**config.to_dict(), **whole})), "flops", True)
 
 
 def _saved(

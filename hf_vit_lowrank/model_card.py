@@ -128,7 +128,7 @@ def _method(record: dict[str, Any]) -> list[str]:
     preset, compensation = recipe["preset"], recipe["compensation"]
     by_blocks, whole = (record.get(stage, {}).get("kept", False) for stage in ("gradient", "distillation"))
     undone = ", since what training was tried left it no nearer to the dense model" * (compensation in TRAINED)
-    low_rank = " (and a low-rank bypass or projection of the patches where that pays),"
+    low_rank = " (and low-rank up weights, bypasses and projections of the patches where those pay),"
     sizes = ", as many everywhere," if recipe["native"] else low_rank
     made = (
         f"Every attention head keeps only the ranks, and every MLP only the hidden units{sizes} that its activations "

@@ -24,7 +24,7 @@ from .embeddings import prefix_tokens, projection_factors
 from .linalg import eigh
 from .progress import track
 from .rank_plan import with_hidden_size
-from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
+from .remote.modeling_lowrank_vit import InterpolativeLinear, LowRankViTForImageClassification
 from .schedule import warm_up_and_cosine
 from .statistics import TokenGroups
 
@@ -147,7 +147,9 @@ def restated(model: LowRankViTForImageClassification, change: Tensor) -> LowRank
         shift = _map_inputs(theirs.attention_norm, theirs.attention.key_value, attention.key_value, change)
         # A softmax does not see what is the same for all keys, and attention rows, which sum to one, keep it of values.
         _add_to_bias(attention.output, attention.output, shift[sum(attention.query_key_ranks) :])
-        _map_inputs(theirs.mlp_norm, theirs.mlp.up, mlp.up, change)
+        _map_inputs(theirs.mlp_norm, _reader(theirs.mlp.up), _reader(mlp.up), change)
+        if isinstance(mlp.up, InterpolativeLinear):
+            mlp.up.rest.load_state_dict(theirs.mlp.up.rest.state_dict())
         if mlp.bypass is not None:
             shift = _map_inputs(theirs.mlp_norm, theirs.mlp.bypass.reduce, mlp.bypass.reduce, change)
             _add_to_bias(mlp.down, mlp.bypass.expand, shift)
@@ -192,6 +194,11 @@ def _map_inputs(norm: nn.LayerNorm, source: nn.Linear, target: nn.Linear, change
 def _add_to_bias(target: nn.Linear, linear: nn.Linear, inputs: Tensor) -> None:
     """What `linear` makes of inputs that never change."""
     target.bias.copy_(target.bias.double() + linear.weight.double() @ inputs)
+
+
+def _reader(up: Any) -> nn.Linear:
+    """Of an up weight, what reads the stream."""
+    return up.read if isinstance(up, InterpolativeLinear) else up
 
 
 def _writers(block: Any) -> Iterator[nn.Linear]:

@@ -8,17 +8,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .candidates.pivots import pivots_first
 from .embeddings import projection_factors
 from .narrowing import restated, zero_mean_basis
 from .rank_plan import stored
 from .remote.configuration_lowrank_vit import LowRankViTConfig
-from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, PivotedLinear
+from .remote.modeling_lowrank_vit import InterpolativeLinear, LowRankViTForImageClassification, PivotedLinear
 
 
 @torch.no_grad()
@@ -44,14 +44,15 @@ def unpivoted(model: LowRankViTForImageClassification) -> LowRankViTForImageClas
 
     The values and the output weights of a head share the scale of their product, as weights of few bits want it.
     """
-    layers = model.config.num_hidden_layers
-    plain = {"output_pivots": [0] * layers, "projection_pivots": 0, "layer_norm_affine": True}
+    plain = {"output_pivots": None, "projection_pivots": 0, "up_ranks": None, "layer_norm_affine": True}
     whole = LowRankViTForImageClassification(LowRankViTConfig.from_dict({**model.config.to_dict(), **plain})).eval()
     state = dict(model.state_dict())
     blocks: Any = model.vit.blocks
     for layer, block in enumerate(blocks):
         if isinstance(block.attention.output, PivotedLinear):
             _unpivot_output(state, f"vit.blocks.{layer}.attention.", block.attention)
+        if isinstance(block.mlp.up, InterpolativeLinear):
+            _unpivot_up(state, f"vit.blocks.{layer}.mlp.up.", block.mlp.up)
     expand, own = model.vit.embeddings.expand, "vit.embeddings."
     if expand is not None:
         state[own + "projection.reduce.weight"] = state.pop(own + "projection.weight")
@@ -80,27 +81,7 @@ def _turn(model: LowRankViTForImageClassification, config: LowRankViTConfig) -> 
     if config.projection_pivots:
         expand = projection_factors(model.vit.embeddings)[-1].weight.flatten(1).cpu().double()
         products.append((torch.linalg.qr(turn @ expand)[0].mT, config.projection_pivots))
-    return turn[_pivots_first(products, config.hidden_size)]
-
-
-def _pivots_first(products: Sequence[tuple[Tensor, int]], hidden_size: int) -> list[int]:
-    """The entries of the stream in an order in which those of the first number are pivots of each product, chosen one
-    by one: the one that adds most to the volume that the pivots of all products span.
-
-    products: the space of each, orthonormal rows (rank, d), and its number of pivots.
-    """
-    products = [(rows.clone(), pivots) for rows, pivots in products]
-    others, order = torch.ones(hidden_size, dtype=torch.bool), []
-    for step in range(max((pivots for _, pivots in products), default=0)):
-        left = [rows for rows, pivots in products if pivots > step]
-        volume = torch.stack([rows.square().sum(0).clamp_min(1e-30).log() for rows in left]).sum(0)
-        chosen = int(volume.masked_fill(~others, -torch.inf).argmax())
-        order.append(chosen)
-        others[chosen] = False
-        for rows in left:
-            direction = rows[:, chosen] / rows[:, chosen].norm()
-            rows -= torch.outer(direction, direction @ rows)
-    return order + others.nonzero().flatten().tolist()
+    return turn[pivots_first(products, config.hidden_size)]
 
 
 def _with_identity(weight: Tensor, pivots: int) -> tuple[Tensor, Tensor]:
@@ -139,6 +120,16 @@ def _unpivot_output(state: dict[str, Tensor], own: str, attention: Any) -> None:
     state[own + "key_value.weight"] = torch.cat((key, *values))
     state[own + "output.weight"] = torch.cat(outputs, 1)
     del state[own + "output.rest.weight"]
+
+
+def _unpivot_up(state: dict[str, Tensor], own: str, up: InterpolativeLinear) -> None:
+    read, rest = up.read, up.rest
+    others = rest.weight.cpu().double()
+    bias = others @ read.bias.cpu().double() + rest.bias.cpu().double()
+    state[own + "weight"] = torch.cat((read.weight.cpu().double(), others @ read.weight.cpu().double()))
+    state[own + "bias"] = torch.cat((read.bias.cpu().double(), bias))
+    for part in ("read", "rest"):
+        del state[f"{own}{part}.weight"], state[f"{own}{part}.bias"]
 
 
 def _pivot_projection(state: dict[str, Tensor], own: str, embeddings: Any, pivots: int) -> None:

@@ -140,7 +140,14 @@ def _with_size(plan: RankPlan, layer: int, candidates: BlockCandidates, piece: i
     sizes = list(getattr(plan, _PIECES[piece]))
     sizes[layer] = own
     changed: dict[str, Any] = {_PIECES[piece]: sizes}
-    if _PIECES[piece] == "mlp_widths" and size == len(candidates.width.order):
-        # Nothing is left for a bypass to stand in for.
-        changed["bypass_ranks"] = [0 if other == layer else rank for other, rank in enumerate(plan.bypass_ranks)]
+    if _PIECES[piece] == "mlp_widths":
+        # Of all units nothing is left for a bypass to stand in for, and of few none are made of others.
+        whole, ranks = size == len(candidates.width.order), plan.up_ranks or [0] * len(sizes)
+        changed["bypass_ranks"] = _without(plan.bypass_ranks, layer if whole else None)
+        changed["up_ranks"] = _without(ranks, layer if whole or size <= ranks[layer] else None)
     return replace(plan, **changed)
+
+
+def _without(ranks: Sequence[int], layer: int | None) -> list[int]:
+    """The same with 0 for a layer, if one is given."""
+    return [0 if other == layer else rank for other, rank in enumerate(ranks)]

@@ -32,14 +32,15 @@ _NO_BYPASS = ErrorCurve(np.zeros(1), 0, smallest=0)
 @dataclass(frozen=True)
 class RankPlan:
     """Per layer (and head): inner sizes of query-key, of value-output, of the MLP and the bypass around it; the rise of
-    the loss; the ranks of the pieces of the embeddings that are not whole; and the factor on the last MLP's error curve
-    with which the plan was chosen."""
+    the loss; the ranks of the MLPs' up weights, 0 for a whole one, and of the pieces of the embeddings that are not
+    whole; and the factor on the last MLP's error curve with which the plan was chosen."""
 
     query_key_ranks: list[list[int]]
     value_output_ranks: list[list[int]]
     mlp_widths: list[int]
     bypass_ranks: list[int]
     predicted_loss: float
+    up_ranks: list[int] | None = None
     embedding_ranks: dict[str, int] = field(default_factory=dict)
     last_width: float = LAST_WIDTH_WEIGHT
 
@@ -50,6 +51,7 @@ class RankPlan:
             query_key_ranks=self.query_key_ranks,
             value_output_ranks=self.value_output_ranks,
             mlp_widths=self.mlp_widths,
+            up_ranks=self.up_ranks,
             bypass_ranks=self.bypass_ranks,
             embedding_ranks=self.embedding_ranks,
         )
@@ -132,6 +134,11 @@ def choose_ranks(
         if with_bypasses:
             bypasses = [bypass_curve(block, own[2]) for block, own in enumerate(pieces)]
         plan = _plan(candidates, per_block, bypasses, pieces)
+        ranks = [
+            int(block.up_ranks(cost, multiple, last_width)[width])
+            for block, cost, width in zip(candidates, costs, plan.mlp_widths, strict=True)
+        ]
+        plan = replace(plan, up_ranks=ranks)
         plans.append(_with_embedding(plan, embedding, others))
     return min(plans, key=lambda plan: plan.predicted_loss)
 
@@ -322,13 +329,15 @@ def plan_cost(config: LowRankViTConfig, cost: str, native: bool = False) -> int:
         unit.query_key * sum(query_key)
         + (unit.value_output - unit.pivot * pivots) * sum(value_output)
         + unit.width * width
+        - unit.saved_by_rank(width, up_rank, config.hidden_size)
         + unit.bypass * rank
-        for unit, query_key, value_output, pivots, width, rank in zip(
+        for unit, query_key, value_output, pivots, width, up_rank, rank in zip(
             costs,
             config.query_key_ranks,
             config.value_output_ranks,
             config.output_pivots,
             config.mlp_widths,
+            config.up_ranks,
             config.bypass_ranks,
             strict=True,
         )
@@ -338,7 +347,9 @@ def plan_cost(config: LowRankViTConfig, cost: str, native: bool = False) -> int:
 def _parameter_costs(config: LowRankViTConfig, native: bool) -> tuple[list[UnitCosts], int]:
     hidden, layers = config.hidden_size, config.num_hidden_layers
     bias, folded = int(config.qkv_bias), int(config.qkv_bias and native)  # transformers' keys and values have biases
-    unit = UnitCosts(2 * hidden + bias + folded, 2 * hidden + folded, 2 * hidden + 1, 2 * hidden, pivot=1)
+    unit = UnitCosts(
+        2 * hidden + bias + folded, 2 * hidden + folded, 2 * hidden + 1, 2 * hidden, pivot=1, entry=int(not native)
+    )
     embeddings = hidden * (config.num_prefix_tokens + 1)
     heads = config.num_tokens_read * (config.num_labels or 0) * (hidden + 1)
     biases, norms = layers * 2 * hidden, (2 * layers + 1) * 2 * hidden * config.layer_norm_affine
@@ -350,7 +361,8 @@ def _flop_costs(config: LowRankViTConfig, native: bool) -> tuple[list[UnitCosts]
 
     def unit(queries: int) -> UnitCosts:
         pair = 2 * hidden * (queries + tokens) + 2 * queries * tokens
-        return UnitCosts(pair, pair, 4 * hidden * queries, 4 * hidden * queries)
+        entry = 0 if native else 2 * queries
+        return UnitCosts(pair, pair, 4 * hidden * queries, 4 * hidden * queries, entry=entry)
 
     # Our last block computes only the tokens that the classifier reads.
     last = unit(tokens if native else config.num_tokens_read)

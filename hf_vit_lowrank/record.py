@@ -96,6 +96,7 @@ def _inner_sizes(config: LowRankViTConfig) -> dict[str, Any]:
         "value_output_ranks": config.value_output_ranks,
         "mlp_widths": config.mlp_widths,
         "factor_ranks": config.factor_ranks,
+        "up_ranks": config.up_ranks,
         "bypass_ranks": config.bypass_ranks,
         "embedding_ranks": config.embedding_ranks,
         "output_pivots": config.output_pivots,

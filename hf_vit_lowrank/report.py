@@ -160,10 +160,16 @@ def _dense_width(record: dict[str, Any], config: dict[str, Any]) -> int:
 
 
 def _block_bars(plan: dict[str, Any], largest: int) -> dict[str, Any]:
-    """MLP width and bypass rank of each block."""
+    """MLP width, rank of the up weight where that is lower, and bypass rank of each block."""
+    ranks = plan.get("up_ranks") or [0] * len(plan["mlp_widths"])
+    sizes = zip(plan["mlp_widths"], ranks, plan["bypass_ranks"], strict=True)
     rows = [
-        {"label": str(block), "bars": [_bar(width, largest, "small", str(width))], "bypass": bypass}
-        for block, (width, bypass) in enumerate(zip(plan["mlp_widths"], plan["bypass_ranks"], strict=True))
+        {
+            "label": str(block),
+            "bars": [_bar(width, largest, "small", f"{width}, rank {rank}" if rank else str(width))],
+            "bypass": bypass,
+        }
+        for block, (width, rank, bypass) in enumerate(sizes)
     ]
     return {"rows": rows, "largest": largest, "bypasses": any(plan["bypass_ranks"])}
 

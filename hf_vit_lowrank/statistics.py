@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import processes
 from .errors import RunError
@@ -141,9 +141,10 @@ class BlockStatistics:
     """The moments of one block; e is the head size, d the hidden size, w the MLP width, sums run over all images.
 
     images: their number. query, context, mlp: token groups of the queries (heads, e), of the concatenated contexts
-    (heads · e), and of the MLP's hidden units and its input side by side (w + d). key: moments of the keys centred
-    within each image (heads, e). score_gradient: sum of (∂loss/∂s_ij)² per head. attention_gradient,
-    mlp_gradient: token groups of the loss gradient at the block's two outputs (d).
+    (heads · e), and of the MLP's hidden units and its input side by side (w + d). slope: of the slope of each hidden
+    unit's activation (w, 1). key: moments of the keys centred within each image (heads, e). score_gradient: sum of
+    (∂loss/∂s_ij)² per head. attention_gradient, mlp_gradient: token groups of the loss gradient at the block's two
+    outputs (d).
     """
 
     images: int
@@ -151,6 +152,7 @@ class BlockStatistics:
     key: Moments
     context: TokenGroups
     mlp: TokenGroups
+    slope: TokenGroups
     score_gradient: Tensor
     attention_gradient: TokenGroups
     mlp_gradient: TokenGroups
@@ -163,6 +165,7 @@ class BlockStatistics:
             key=Moments.zeros(heads, head_size),
             context=TokenGroups.zeros(heads * head_size),
             mlp=TokenGroups.zeros(width + hidden_size),
+            slope=TokenGroups.zeros(width, 1),
             score_gradient=torch.zeros(heads, dtype=torch.float64),
             attention_gradient=TokenGroups.zeros(hidden_size),
             mlp_gradient=TokenGroups.zeros(hidden_size),
@@ -248,6 +251,7 @@ class _Trace:
     context: Tensor
     after_attention: Tensor
     mlp_input: Tensor
+    slope: Tensor
     hidden: Tensor
     after_mlp: Tensor
     gradients: tuple[Tensor, ...] = ()
@@ -329,9 +333,16 @@ def _traced_block(block: LowRankViTBlock, stream: Tensor) -> _Trace:
     context = merge_heads(scores.softmax(-1) @ value)
     after_attention = stream + attention.output(context)
     mlp_input = block.mlp_norm(after_attention)
-    hidden = block.mlp.activation(block.mlp.up(mlp_input))
+    before = block.mlp.up(mlp_input)
+    hidden, slope = block.mlp.activation(before), _slope(block.mlp.activation, before)
     after_mlp = after_attention + block.mlp.down(hidden)
-    return _Trace(query, key, scores, context, after_attention, mlp_input, hidden, after_mlp)
+    return _Trace(query, key, scores, context, after_attention, mlp_input, slope, hidden, after_mlp)
+
+
+def _slope(activation: nn.Module, before: Tensor) -> Tensor:
+    """That of an activation at the values before it, of the same shape."""
+    before = before.detach().requires_grad_()
+    return torch.autograd.grad(activation(before).sum(), before)[0]
 
 
 @torch.no_grad()
@@ -343,6 +354,7 @@ def _add(statistics: BlockStatistics, trace: _Trace, num_read: int) -> None:
     statistics.key.add(_images_inside(centred))
     statistics.context.add(trace.context.float(), num_read)
     statistics.mlp.add(torch.cat((trace.hidden.float(), trace.mlp_input.float()), -1), num_read)
+    statistics.slope.add(trace.slope.float().mT.unsqueeze(-1), num_read)
     statistics.score_gradient += score_gradient.square().sum((0, 2, 3)).cpu().double()
     statistics.attention_gradient.add(attention_gradient, num_read)
     statistics.mlp_gradient.add(mlp_gradient, num_read)

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from .candidates.block import BlockCandidates
 from .candidates.bypass import bypass_candidate
 from .candidates.embedding import EmbeddingCandidates
+from .candidates.up_rank import input_metric, low_rank
 from .embeddings import prefix_tokens, whole_positions, whole_projection
 from .linalg import ridge_solve
 from .rank_plan import RankPlan
 from .remote.configuration_lowrank_vit import LowRankViTConfig
-from .remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
+from .remote.modeling_lowrank_vit import InterpolativeLinear, LowRankViTBlock, LowRankViTForImageClassification
 from .statistics import BlockStatistics, Moments, token_weight
 
 REFIT_RIDGE = 1e-5
@@ -47,9 +48,10 @@ def shrink_block(
     """Write the dense block `source` into a block of smaller sizes, as `shrink` does with all."""
     _shrink_attention(block, source, candidates, statistics)
     if block.mlp.up.out_features < source.mlp.up.out_features:
-        seen = statistics.mlp.weighted(token_weight(statistics.mlp_gradient))
+        weight = token_weight(statistics.mlp_gradient)
+        seen, slopes = statistics.mlp.weighted(weight), statistics.slope.weighted(weight)
         down, kept = source.mlp.down, candidates.width.kept(block.mlp.up.out_features)
-        keep_units(block, source, kept, down.weight, down.bias, seen, candidates.mlp_metric)
+        keep_units(block, source, kept, down.weight, down.bias, seen, slopes, candidates.mlp_metric)
 
 
 def resized(dense: LowRankViTForImageClassification, config: LowRankViTConfig) -> LowRankViTForImageClassification:
@@ -80,15 +82,16 @@ def keep_units(
     down: Tensor,
     bias: Tensor,
     seen: Moments,
+    slopes: Moments,
     metric: Tensor,
 ) -> None:
     """Leave the MLP the units `kept`; its down weight is refitted to what `down` (d, w) and `bias` do with all of them,
     together with the bypass if there is one.
 
-    seen: moments of all w units and the MLP's input side by side. metric: Γ (d, d), in which a bypass is chosen.
+    seen: moments of all w units and the MLP's input side by side. slopes: of their activation's slopes (w, 1).
+    metric: Γ (d, d), in which a bypass and an up weight of lower rank are chosen.
     """
-    units = seen.part(slice(down.shape[1]))
-    set_linear(small.mlp.up, dense.mlp.up.weight[kept], dense.mlp.up.bias[kept])
+    units, up = seen.part(slice(down.shape[1])), small.mlp.up
     if small.mlp.bypass is None:
         weight, change = _refit(down, lambda values: values[kept], units)
     else:
@@ -99,7 +102,29 @@ def keep_units(
         set_linear(small.mlp.bypass.expand, expand)
         mean, inputs = units.first / seen.count, seen.first[down.shape[1] :] / seen.count
         change = down.detach().cpu().double() @ mean - weight @ mean[kept] - expand @ (reduce @ inputs)
+    rows, own_bias = dense.mlp.up.weight[kept], dense.mlp.up.bias[kept]
+    if isinstance(up, InterpolativeLinear):
+        own_slopes = Moments(slopes.count, slopes.first[kept], slopes.second[kept])
+        needed = input_metric(rows, weight, metric, own_slopes)
+        order = _read_less(up, rows, own_bias, seen.part(slice(down.shape[1], None)), needed)
+        weight = weight[:, order]
+    else:
+        set_linear(up, rows, own_bias)
     set_linear(small.mlp.down, weight, bias.detach().cpu().double() + change)
+
+
+def _read_less(up: InterpolativeLinear, weight: Tensor, bias: Tensor, inputs: Moments, metric: Tensor) -> Tensor:
+    """Write an up weight (w, d) and its bias at a lower rank; the order in which its units then are.
+
+    inputs: moments of what it reads (d). metric: N (d, d), see `up_rank.py`.
+    """
+    weight, bias = weight.detach().cpu().double(), bias.detach().cpu().double()
+    order, read, others = low_rank(weight, inputs.covariance(), metric, up.read.out_features)
+    lost = weight[order] - torch.cat((read, others @ read))
+    first, rest = (bias[order] + lost @ (inputs.first / inputs.count)).split([len(read), len(others)])
+    set_linear(up.read, read, first)
+    set_linear(up.rest, others, rest - others @ first)
+    return order
 
 
 @torch.no_grad()

@@ -28,12 +28,12 @@ def show_compression(report: dict[str, Any], output: Path) -> None:
 def show_plan(report: dict[str, Any]) -> None:
     """The ranks of every block and head, then the sizes that `compress` would come to."""
     console = _console()
-    table = Table("block", "query–key ranks", "value–output ranks", "MLP width", "bypass", title="Rank plan")
+    table = Table("block", "query–key ranks", "value–output ranks", "MLP width", "up rank", "bypass", title="Rank plan")
     plan = report["plan"]
-    names = ("query_key_ranks", "value_output_ranks", "mlp_widths", "bypass_ranks")
+    names = ("query_key_ranks", "value_output_ranks", "mlp_widths", "up_ranks", "bypass_ranks")
     rows = zip(*(plan[name] for name in names), strict=True)
-    for block, (query_key, value_output, width, bypass) in enumerate(rows):
-        table.add_row(str(block), _numbers(query_key), _numbers(value_output), str(width), str(bypass))
+    for block, (query_key, value_output, *of_mlp) in enumerate(rows):
+        table.add_row(str(block), _numbers(query_key), _numbers(value_output), *(str(size) for size in of_mlp))
     console.print(table)
     for name, rank in plan["embedding_ranks"].items():
         console.print(f"The {name} of the embeddings: rank {rank}")

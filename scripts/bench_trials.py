@@ -243,7 +243,8 @@ def _in_two_steps(calibrated: Calibrated, recipe: CompressionRecipe) -> LowRankV
     statistics = collect_statistics(whole, fitting, recipe.seed, torch.float32, None, calibrated.images_at_once)
     blocks: Any = zip(whole.vit.blocks, statistics, strict=True)
     candidates = [
-        block_candidates(block.attention.output.weight, block.mlp.down.weight, moments) for block, moments in blocks
+        block_candidates(block.attention.output.weight, block.mlp.up.weight, block.mlp.down.weight, moments)
+        for block, moments in blocks
     ]
     plan = recipe_ranks(calibrated.dense, candidates, calibrated.embedding, recipe)
     small = shrink(whole, candidates, calibrated.embedding, statistics, plan)

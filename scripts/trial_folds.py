@@ -101,6 +101,7 @@ def refit_mlp(
         normed = block.mlp_norm(small_batch)
         hidden = mlp.activation(mlp.up(normed))
         fit.add(index, torch.cat((hidden, normed), -1), dense_stream[index] - small_batch, num_read)
+    slopes = statistics.slope.weighted(weight)
     metric = output_metric(statistics.mlp_gradient, weight)
     results, seen = fit.solve(mlp.down.weight, metric)
     covariance = seen[0].part(slice(mlp.down.in_features)).covariance()
@@ -110,7 +111,7 @@ def refit_mlp(
         if down.in_features == mlp.down.in_features:
             set_linear(own.mlp.down, *result)
         else:
-            keep_units(own, source, kept, *result, moments, metric)
+            keep_units(own, source, kept, *result, moments, slopes, metric)
     for index, batch in enumerate(small_stream):
         own = blocks[1 + index % FOLDS]
         small_stream[index] = batch + own.mlp(own.mlp_norm(batch))

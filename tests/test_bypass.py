@@ -105,6 +105,7 @@ def test_no_bypass_has_a_single_dimension():
             query_key=heads,
             value_output=heads,
             curves=lambda *_: [ErrorCurve(np.array([4.0, 3.0, 2.0, 1.0, 0.0]), 10)] * 3,
+            up_ranks=lambda *_: np.zeros(5, dtype=int),
             bypass_curve=lambda *_: ErrorCurve(np.array(errors), 4, smallest=0),
         )
         return choose_ranks([block], [UnitCosts(10, 10, 10, 4)], 65, 1.0, 1).bypass_ranks

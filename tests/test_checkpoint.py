@@ -388,10 +388,10 @@ def test_an_edited_card_is_no_alteration(save, tmp_path: Path):
 
 def test_newer_format_is_a_user_error(save, tmp_path: Path):
     folder = save(tmp_path / "out")
-    _edit("config.json", lambda b: b.replace(b'"format_version": 2', b'"format_version": 3'))(folder)
+    _edit("config.json", lambda b: b.replace(b'"format_version": 3', b'"format_version": 4'))(folder)
     digest = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
     _edit_record(lambda r: r["files"].update({"config.json": digest}))(folder)
-    with pytest.raises(UserError, match="format_version 3"):
+    with pytest.raises(UserError, match="format_version 4"):
         load_checkpoint(folder)
 
 

@@ -37,6 +37,7 @@ MIXED = {
     "value_output_ranks": [[2, 3, 4], [1, 0, 4]],
     "mlp_widths": [6, 11],
     "factor_ranks": [{"query_key_value": 5, "up": 2}, {}],
+    "up_ranks": [0, 7],
     "bypass_ranks": [3, 0],
 }
 UNIFORM = {"query_key_ranks": [[3] * 3] * 2, "value_output_ranks": [[3] * 3] * 2, "mlp_widths": [7, 7]}
@@ -89,11 +90,16 @@ def plans(draw):
     ranks = per_layer(st.lists(st.integers(0, 6), min_size=3, max_size=3).filter(any))
     widths = draw(per_layer(st.integers(1, 20)))
     token = draw(st.booleans())
+    factors = draw(per_layer(st.dictionaries(st.sampled_from(FACTORABLE), st.integers(1, 12))))
     return {
         "query_key_ranks": draw(ranks),
         "value_output_ranks": draw(ranks),
         "mlp_widths": widths,
-        "factor_ranks": draw(per_layer(st.dictionaries(st.sampled_from(FACTORABLE), st.integers(1, 12)))),
+        "factor_ranks": factors,
+        "up_ranks": [
+            0 if "up" in own else draw(st.integers(0, min(width - 1, 12)))
+            for own, width in zip(factors, widths, strict=True)
+        ],
         "bypass_ranks": [draw(st.integers(0, (20 - width) // 2)) for width in widths],
         "embedding_ranks": draw(st.dictionaries(st.sampled_from(FACTORABLE_EMBEDDINGS), st.integers(1, 12))),
         "hidden_act": draw(st.sampled_from(["gelu", "gelu_new", "relu", "silu"])),

@@ -80,7 +80,7 @@ def test_any_plan_saves_and_loads_exactly(image_processor, tmp_path_factory, con
     save_checkpoint(model, image_processor, folder, record={}, card="")
     again, _, _ = load_checkpoint(folder)
     plan = ("query_key_ranks", "value_output_ranks", "mlp_widths", "factor_ranks", "bypass_ranks", "embedding_ranks")
-    plan += ("output_pivots", "projection_pivots", "layer_norm_affine")
+    plan += ("up_ranks", "output_pivots", "projection_pivots", "layer_norm_affine")
     assert all(getattr(again.config, name) == getattr(config, name) for name in plan)
     state = again.state_dict()
     assert all((state[name] == values).all() for name, values in model.state_dict().items())
@@ -105,7 +105,8 @@ def test_a_damaged_plan_is_refused_or_still_a_plan(config, path, junk):
     fields |= {"query_key_ranks": config.query_key_ranks, "value_output_ranks": config.value_output_ranks}
     fields |= {"mlp_widths": config.mlp_widths, "factor_ranks": config.factor_ranks}
     fields |= {"embedding_ranks": config.embedding_ranks, "bypass_ranks": config.bypass_ranks}
-    fields |= {"output_pivots": config.output_pivots, "projection_pivots": config.projection_pivots}
+    fields |= {"up_ranks": config.up_ranks, "output_pivots": config.output_pivots}
+    fields |= {"projection_pivots": config.projection_pivots}
     fields |= {"layer_norm_affine": config.layer_norm_affine, "patch_size": config.patch_size}
     damaged = _damaged(fields, path, junk)
     try:

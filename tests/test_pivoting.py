@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from test_narrowing import PLANS, SHAPE, logits, random_basis
 from torch import nn
 
-from hf_vit_lowrank.candidates.pivots import num_pivots
+from hf_vit_lowrank.candidates.pivots import num_pivots, pivots_first
 from hf_vit_lowrank.evaluation import count_parameters
 from hf_vit_lowrank.export import densified
 from hf_vit_lowrank.narrowing import narrowed
-from hf_vit_lowrank.pivoting import _pivots_first, _with_identity, pivoted, unpivoted
+from hf_vit_lowrank.pivoting import _with_identity, pivoted, unpivoted
 from hf_vit_lowrank.rank_plan import plan_cost, stored
 from hf_vit_lowrank.remote.configuration_lowrank_vit import LowRankViTConfig
 from hf_vit_lowrank.remote.modeling_lowrank_vit import PivotedLinear
@@ -43,7 +43,7 @@ def test_a_basis_with_an_identity_changes_nothing(rank, more, data):
 
 def test_pivots_are_those_of_the_largest_volume_one_by_one():
     spaces = [torch.linalg.qr(random_matrix(9, rank, seed=rank))[0].mT for rank in (3, 5)]
-    order = _pivots_first([(spaces[0], 2), (spaces[1], 4)], 9)
+    order = pivots_first([(spaces[0], 2), (spaces[1], 4)], 9)
     assert sorted(order) == list(range(9))
 
     def volume(chosen: list[int]) -> float:

@@ -117,6 +117,11 @@ def configs(draw) -> LowRankViTConfig:
     token, value_output = draw(st.booleans()), draw(ranks)
     factors = st.dictionaries(st.sampled_from(FACTORABLE), st.integers(1, hidden))
     factor_ranks = draw(st.none() | st.lists(factors, min_size=layers, max_size=layers))
+    widths = draw(st.lists(st.integers(1, intermediate), min_size=layers, max_size=layers))
+    up_ranks = [
+        0 if factor_ranks and "up" in factor_ranks[layer] else draw(st.integers(0, min(width - 1, hidden)))
+        for layer, width in enumerate(widths)
+    ]
     embedding = draw(st.none() | st.dictionaries(st.sampled_from(["projection", "positions"]), st.integers(1, hidden)))
     most = [
         0 if factor_ranks and "output" in factor_ranks[layer] else min(*heads, hidden - 1)
@@ -136,7 +141,8 @@ def configs(draw) -> LowRankViTConfig:
         num_labels=draw(st.integers(1, 4)),
         query_key_ranks=draw(ranks),
         value_output_ranks=value_output,
-        mlp_widths=draw(st.lists(st.integers(1, intermediate), min_size=layers, max_size=layers)),
+        mlp_widths=widths,
+        up_ranks=up_ranks,
         factor_ranks=factor_ranks,
         bypass_ranks=draw(st.none() | st.lists(st.integers(0, hidden), min_size=layers, max_size=layers)),
         embedding_ranks=embedding,
@@ -198,6 +204,8 @@ def parameters_of_plan(config: LowRankViTConfig) -> int:
         if "query_key_value" in factors:
             total += 2 * qk + vo - config.qkv_bias * qk
     total += sum(2 * d * rank for rank in config.bypass_ranks)
+    for width, rank in zip(config.mlp_widths, config.up_ranks, strict=True):
+        total += (rank * d + rank * (width - rank) - width * d) if rank else 0
     return total + (d + 1) * labels * (1 + config.use_distillation_head)
 
 
@@ -208,6 +216,9 @@ def reference_logits(model: LowRankViTForImageClassification, pixels: torch.Tens
     def linear(x: torch.Tensor, name: str) -> torch.Tensor:
         if f"{name}.reduce.weight" in state:
             return linear(x @ state[f"{name}.reduce.weight"].T, f"{name}.expand")
+        if f"{name}.read.weight" in state:
+            first = linear(x, f"{name}.read")
+            return torch.cat((first, linear(first, f"{name}.rest")), -1)
         return x @ state[f"{name}.weight"].T + state.get(f"{name}.bias", 0.0)
 
     def pivoted(groups: list[torch.Tensor], pivots: int, name: str) -> torch.Tensor:
@@ -346,7 +357,7 @@ def test_newer_format_is_refused(image_processor, tmp_path: Path):
     path.write_text(
         path.read_text().replace(f'"format_version": {FORMAT_VERSION}', f'"format_version": {FORMAT_VERSION + 1}')
     )
-    with pytest.raises(ValueError, match="format_version 3, but the code knows only up to 2"):
+    with pytest.raises(ValueError, match="format_version 4, but the code knows only up to 3"):
         LowRankViTForImageClassification.from_pretrained(tmp_path / "out")
 
 
@@ -375,6 +386,9 @@ def test_newer_format_is_refused(image_processor, tmp_path: Path):
         ({"embedding_ranks": [3]}, "embedding_ranks must map names"),
         ({"bypass_ranks": [1]}, "bypass_ranks must hold 2 numbers"),
         ({"bypass_ranks": [1, -1]}, "bypass_ranks must be whole numbers from 0 to 12"),
+        ({"up_ranks": [1]}, "up_ranks must hold 2 numbers"),
+        ({"up_ranks": [6, 0]}, "up_ranks must be whole numbers up to hidden_size and below the layer's width, not 6"),
+        ({"up_ranks": [1, 0], "factor_ranks": [{"up": 3}, {}]}, "0 where the up weight is a product of two"),
         ({"output_pivots": [1]}, "output_pivots must hold 2 numbers"),
         ({"output_pivots": [3, 0]}, "output_pivots must be whole numbers up to the smallest rank"),
         ({"output_pivots": [2, -1]}, "output_pivots must be whole numbers"),

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from ..allocation import ErrorCurve
+from ..allocation import ErrorCurve, hull_slopes
 from ..statistics import BlockStatistics, TokenGroups, token_weight
 from .bypass import bypass_candidate
 from .elimination import Elimination
 from .mlp_width import mlp_width_candidate
 from .pivots import num_pivots
 from .query_key import QueryKeyLayer, query_key_candidate, query_key_layer
+from .up_rank import best_ranks, input_metric, rank_errors
 from .value_output import ValueOutputCandidate, value_output_candidate
 
 # Value-output curves predict too little as well. Chosen on held-back calibration images of DeiT-tiny: at -60 % the KL
 # to the dense model is 2.00, 1.92 and 1.96 nats for factors 1, 2 and 3.
 VALUE_OUTPUT_WEIGHT = 2.0
+# Of what lower ranks of up weights lose, refits repair more. Chosen as above, behind refits: 0.953 and 0.937 nats for
+# factors 1 and 0.5 at -60 %, 0.300 and 0.305 at -40 %; with whole up weights 0.969 and 0.312.
+UP_RANK_WEIGHT = 0.5
 # Nothing behind the last MLP makes its errors larger, while the more is removed the more do those of all others end up
 # as several times what their curves say. This is the factor on its curve from some size on; where nothing is removed it
 # would be the second, and between it falls in a straight line. Chosen as above, after compensation: see README, trials.
@@ -36,13 +41,19 @@ def last_width_weight(removed: float) -> float:
 @dataclass(frozen=True)
 class UnitCosts:
     """What one unit of inner size costs in a block, in parameters or FLOPs; of that, `pivot` is what a pivot saves of
-    each dimension of value-output (`pivots.py`)."""
+    each dimension of value-output (`pivots.py`), and `entry` what one entry of the MLP's up weight costs, 0 where that
+    has to stay whole."""
 
     query_key: int
     value_output: int
     width: int
     bypass: int
     pivot: int = 0
+    entry: int = 0
+
+    def saved_by_rank(self, width: Any, rank: Any, hidden_size: int) -> Any:
+        """What an up weight of some rank, 0 for whole, saves in an MLP of some width (numbers or arrays)."""
+        return self.entry * (width - rank) * (hidden_size - rank) * (rank > 0)
 
 
 # Where of a curve only the errors are read.
@@ -53,6 +64,7 @@ FREE = UnitCosts(1, 1, 1, 1)
 class BlockCandidates:
     """query_key, value_output: of all heads; width: the MLP's units; `bypass` around those kept.
 
+    rank_errors: of each rank of the up weight, 0, 1, … (`up_rank.py`).
     moment_ranks: of the covariances that the images have determined, of contexts and the MLP's inputs.
     down_weight (d, w), mlp_covariance (w + d, w + d) and mlp_metric (d, d) are what bypasses are made from.
     reads_all_tokens: false for the last block only. factors: on the errors of query-key, value-output and width, from
@@ -62,6 +74,7 @@ class BlockCandidates:
     query_key: QueryKeyLayer
     value_output: ValueOutputCandidate
     width: Elimination
+    rank_errors: Tensor
     moment_ranks: dict[str, int]
     down_weight: Tensor
     mlp_covariance: Tensor
@@ -72,19 +85,34 @@ class BlockCandidates:
     def curves(
         self, costs: UnitCosts, query_key_weight: float, multiple: int, last_width: float = LAST_WIDTH_WEIGHT
     ) -> list[ErrorCurve]:
-        """Of query-key, value-output and width, in sizes of a multiple; half a squared gradient is a loss.
+        """Of query-key, value-output and width, in sizes of a multiple; half a squared gradient is a loss. What a width
+        costs, and its error, are with the rank of the up weight that goes with it.
 
         last_width: see `last_width_weight`.
         """
-        heads, factors = len(self.query_key.heads), [0.5 * factor for factor in self.factors]
-        query_key = factors[0] * query_key_weight * self.query_key.errors
-        value_output = factors[1] * VALUE_OUTPUT_WEIGHT * self.value_output.elimination.errors
-        width = factors[2] * (1.0 if self.reads_all_tokens else last_width) * self.width.errors
+        heads = len(self.query_key.heads)
+        query_key = 0.5 * self.factors[0] * query_key_weight * self.query_key.errors
+        value_output = 0.5 * self.factors[1] * VALUE_OUTPUT_WEIGHT * self.value_output.elimination.errors
+        width, rank_errors = self._mlp_curves(costs, multiple, last_width)
+        widths, ranks = np.arange(len(width.errors)), self.up_ranks(costs, multiple, last_width)
+        saved = costs.saved_by_rank(widths, ranks, len(self.down_weight))
+        errors = width.errors + np.where(ranks > 0, rank_errors[ranks], 0.0)
         return [
             ErrorCurve(query_key.numpy(), costs.query_key, smallest=heads, step=multiple),
             ErrorCurve(value_output.numpy(), costs.value_output, step=multiple, saved=self._saved(costs)),
-            ErrorCurve(width.numpy(), costs.width, step=multiple),
+            replace(width, errors=errors, saved=saved),
         ]
+
+    def up_ranks(self, costs: UnitCosts, multiple: int, last_width: float = LAST_WIDTH_WEIGHT) -> np.ndarray:
+        """For each width 0, 1, … of the MLP the rank of its up weight, 0 where that stays whole."""
+        width, rank_errors = self._mlp_curves(costs, multiple, last_width)
+        return best_ranks(rank_errors, hull_slopes(width), costs.entry, len(self.down_weight), multiple)
+
+    def _mlp_curves(self, costs: UnitCosts, multiple: int, last_width: float) -> tuple[ErrorCurve, np.ndarray]:
+        """Of the width, its up weight being whole; and the errors of the ranks of that."""
+        factor = 0.5 * self.factors[2] * (1.0 if self.reads_all_tokens else last_width)
+        width = ErrorCurve((factor * self.width.errors).numpy(), costs.width, step=multiple)
+        return width, (factor * UP_RANK_WEIGHT * self.rank_errors).numpy()
 
     def _saved(self, costs: UnitCosts) -> np.ndarray:
         """By the pivots of every value-output size."""
@@ -105,11 +133,15 @@ class BlockCandidates:
 
 
 def block_candidates(
-    output_weight: Tensor, down_weight: Tensor, statistics: BlockStatistics, even_heads: bool = False
+    output_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    statistics: BlockStatistics,
+    even_heads: bool = False,
 ) -> BlockCandidates:
     """Candidates of a block at full rank from its dense statistics.
 
-    output_weight (d, heads · e), down_weight (d, w): of the attention and of the MLP. even_heads: see
+    output_weight (d, heads · e), up_weight (w, d), down_weight (d, w): of the attention and of the MLP. even_heads: see
     `value_output_candidate`.
 
     Moments are per image. The gradients of all tokens are spread evenly over the token weights, so that an error of the
@@ -123,7 +155,7 @@ def block_candidates(
     mlp_covariance = hidden_and_inputs.covariance() / images
     scales = statistics.score_gradient * images / (queries.count * statistics.query.count)
     mlp_metric, width = output_metric(statistics.mlp_gradient, mlp_weight), down_weight.shape[1]
-    contexts = statistics.context.weighted(attention_weight)
+    contexts, slopes = statistics.context.weighted(attention_weight), statistics.slope.weighted(mlp_weight)
     return BlockCandidates(
         query_key=query_key_layer(
             [
@@ -140,6 +172,9 @@ def block_candidates(
             even_heads,
         ),
         width=mlp_width_candidate(down_weight, mlp_covariance[:width, :width], mlp_metric),
+        rank_errors=rank_errors(
+            mlp_covariance[width:, width:], input_metric(up_weight, down_weight, mlp_metric, slopes)
+        ),
         moment_ranks={"contexts": contexts.rank(), "MLP inputs": hidden_and_inputs.part(slice(width, None)).rank()},
         down_weight=down_weight,
         mlp_covariance=mlp_covariance,

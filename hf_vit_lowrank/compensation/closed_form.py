@@ -129,7 +129,7 @@ def _refit_mlp(
         set_linear(down, full, bias)
     else:
         kept = mlp_width_candidate(full, fit.covariance(), metric).kept(down.in_features)
-        keep_units(block, source, kept, full, bias, fit.seen, metric)
+        keep_units(block, source, kept, full, bias, fit.seen, statistics.slope.weighted(weight), metric)
     processes.same_parameters(block.mlp)
     for index, small_batch in enumerate(small_stream):
         small_batch = small_batch.to(device)

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers.configuration_utils import PretrainedConfig
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # The weights of a block that can be a product of two; queries, keys and values then share one.
 FACTORABLE = ("query_key_value", "output", "up", "down")
 # The pieces of the embeddings that can: the projection of the patches, and the position embeddings.
@@ -33,6 +33,8 @@ class LowRankViTConfig(PretrainedConfig):
         mlp_widths: per layer, the number of hidden units of the MLP.
         factor_ranks: per layer, the ranks of the weights stored as a product of two, by name (`FACTORABLE`); a weight
             that is not named is whole.
+        up_ranks: per layer, how many of the MLP's hidden units read its input, the others being read from those
+            (`InterpolativeLinear`); 0 where all of them do.
         bypass_ranks: per layer, the rank of a low-rank map beside the MLP, from its input to its output; 0 for none.
         embedding_ranks: the ranks of the pieces of the embeddings stored as a product of two, by name
             (`FACTORABLE_EMBEDDINGS`); one that is not named is whole.
@@ -74,6 +76,7 @@ class LowRankViTConfig(PretrainedConfig):
         value_output_ranks: list[list[int]] | None = None,
         mlp_widths: list[int] | None = None,
         factor_ranks: list[dict[str, int]] | None = None,
+        up_ranks: list[int] | None = None,
         bypass_ranks: list[int] | None = None,
         embedding_ranks: dict[str, int] | None = None,
         output_pivots: list[int] | None = None,
@@ -106,6 +109,7 @@ class LowRankViTConfig(PretrainedConfig):
         self.value_output_ranks = dense_ranks if value_output_ranks is None else value_output_ranks
         self.mlp_widths = [intermediate_size] * num_hidden_layers if mlp_widths is None else mlp_widths
         self.factor_ranks = [{} for _ in range(num_hidden_layers)] if factor_ranks is None else factor_ranks
+        self.up_ranks = [0] * num_hidden_layers if up_ranks is None else up_ranks
         self.bypass_ranks = [0] * num_hidden_layers if bypass_ranks is None else bypass_ranks
         self.embedding_ranks = {} if embedding_ranks is None else embedding_ranks
         self.output_pivots = [0] * num_hidden_layers if output_pivots is None else output_pivots
@@ -189,6 +193,15 @@ class LowRankViTConfig(PretrainedConfig):
             raise ValueError(f"bypass_ranks must hold {self.num_hidden_layers} numbers, one per layer.")
         if any(not _is_count(rank, 0, self.hidden_size) for rank in self.bypass_ranks):
             raise ValueError(f"bypass_ranks must be whole numbers from 0 to {self.hidden_size}.")
+        if not _is_list(self.up_ranks, self.num_hidden_layers):
+            raise ValueError(f"up_ranks must hold {self.num_hidden_layers} numbers, one per layer.")
+        for rank, width, factors in zip(self.up_ranks, self.mlp_widths, self.factor_ranks):  # noqa: B905
+            largest = 0 if "up" in factors else min(width - 1, self.hidden_size)
+            if not _is_count(rank, 0, largest):
+                raise ValueError(
+                    f"up_ranks must be whole numbers up to hidden_size and below the layer's width, not {rank!r}; 0 "
+                    "where the up weight is a product of two."
+                )
         self._check_pivots()
 
     def _check_pivots(self) -> None:

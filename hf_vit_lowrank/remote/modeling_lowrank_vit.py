@@ -6,7 +6,7 @@ shrinks with the parameters and no extra matrix product appears. Heads of one la
 are stored side by side without padding, and padded only where the attention kernel wants one size. Besides, any single
 weight, that of the patches and the position embeddings included, may be a product of two low-rank ones, and an MLP may
 have a low-rank map beside it. The basis inside of a product is free, so that a part of it can be an identity, which is
-not stored (`PivotedLinear`).
+not stored (`PivotedLinear`, `InterpolativeLinear`).
 
 This file is copied into every checkpoint. It needs nothing but torch and transformers.
 """
@@ -213,6 +213,23 @@ def make_linear(inputs: int, outputs: int, rank: int | None, bias: bool = True) 
     return nn.Sequential(OrderedDict(reduce=reduce, expand=expand))
 
 
+class InterpolativeLinear(nn.Module):
+    """A linear map of some rank: as many outputs are read from the inputs, and `rest` makes the others of those.
+
+    Two factors of that rank have rank² more weights (interpolative decomposition, Cheng et al. 2005).
+    """
+
+    def __init__(self, inputs: int, outputs: int, rank: int):
+        super().__init__()
+        self.in_features, self.out_features = inputs, outputs
+        self.read = nn.Linear(inputs, rank)
+        self.rest = nn.Linear(rank, outputs - rank)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        outputs = self.read(inputs)
+        return torch.cat((outputs, self.rest(outputs)), dim=-1)
+
+
 class LowRankViTAttention(_WithConstants):
     """Self-attention with one query-key rank and one value-output rank per head.
 
@@ -361,7 +378,11 @@ class LowRankViTMLP(nn.Module):
     def __init__(self, config: LowRankViTConfig, layer: int):
         super().__init__()
         hidden_size, width, factors = config.hidden_size, config.mlp_widths[layer], config.factor_ranks[layer]
-        self.up = make_linear(hidden_size, width, factors.get("up"))
+        rank = config.up_ranks[layer]
+        if rank:
+            self.up: Any = InterpolativeLinear(hidden_size, width, rank)
+        else:
+            self.up = make_linear(hidden_size, width, factors.get("up"))
         self.activation = ACT2FN[config.hidden_act]
         self.down = make_linear(width, hidden_size, factors.get("down"))
         bypass_rank = config.bypass_ranks[layer]
