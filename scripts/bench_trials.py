@@ -1,8 +1,8 @@
 """Trials of the method, judged on calibration images that nothing is fitted on: what is built in, and what is not.
 
-A trial changes the recipe, or constants or functions of the method. All but those of BUILT_IN are without pivots, see
-all of the drift and train in four passes on all tokens, and all but those and NARROW leave the stream of tokens as wide
-as it is, whatever the size.
+A trial changes the recipe, or constants or functions of the method. All but those of BUILT_IN are without pivots and
+lower ranks of up weights, see all of the drift and train in four passes on all tokens, and all but those and NARROW
+leave the stream of tokens as wide as it is, whatever the size.
 Writes trials.json and trials.md into OUTPUT; a finished trial is not run again.
 """
 
@@ -45,6 +45,7 @@ Constant = tuple[str, str, Any]
 WHOLE_EMBEDDINGS: Constant = ("rank_plan", "largest_embedding_ranks", lambda *_: {})
 WHOLE_STREAM: Constant = ("rank_plan", "STREAM_FROM", 1.0)
 NO_PIVOTS: Constant = ("candidates.pivots", "TENTHS", 0)
+WHOLE_UP_WEIGHTS: Constant = ("candidates.block", "UP_RANK_WEIGHT", 1e30)
 ALL_DRIFT: Constant = ("compensation.drift", "DRIFT_SEEN", 1.0)
 FOUR_PASSES: list[Constant] = [("compensation.gradient", "SAMPLED", 1024), ("compensation.gradient", "EPOCHS", 4)]
 # Of the trials that want a GPU.
@@ -61,6 +62,8 @@ def by_direction(power: float) -> list[Constant]:
 # Trial: what differs in the recipe, and the constants and functions that differ.
 TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     "closed form, pivots": ({}, []),
+    "closed form, pivots, whole up weights": ({}, [WHOLE_UP_WEIGHTS]),
+    "closed form, pivots, losses of up ranks weighed by one": ({}, [("candidates.block", "UP_RANK_WEIGHT", 1.0)]),
     "closed form, pivots, all of the drift seen": ({}, [ALL_DRIFT]),
     "closed form, pivots, 0.7 of the drift seen": ({}, [("compensation.drift", "DRIFT_SEEN", 0.7)]),
     "closed form": ({}, []),
@@ -90,6 +93,7 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     "closed form, ridges by variance^0.5": ({}, by_direction(0.5)),
     "closed form, ridges by variance": ({}, by_direction(1.0)),
     "gradient, pivots": ({"compensation": "gradient"}, []),
+    "gradient, pivots, whole up weights": ({"compensation": "gradient"}, [WHOLE_UP_WEIGHTS]),
     "gradient, pivots, all of the drift seen": ({"compensation": "gradient"}, [ALL_DRIFT]),
     "gradient, pivots, 0.6 of the drift seen": (
         {"compensation": "gradient"},
@@ -212,7 +216,7 @@ def main(
 def _made(calibrated: Calibrated, recipe: CompressionRecipe, name: str) -> tuple[Any, Any]:
     """The model of a trial and, where it was distilled, the curve."""
     calibrated.narrowed.clear()  # another trial's stream
-    earlier = [NO_PIVOTS, ALL_DRIFT, *FOUR_PASSES, *([] if name in NARROW else [WHOLE_STREAM])]
+    earlier = [NO_PIVOTS, WHOLE_UP_WEIGHTS, ALL_DRIFT, *FOUR_PASSES, *([] if name in NARROW else [WHOLE_STREAM])]
     with _changed([] if name in BUILT_IN else earlier):
         return _built(calibrated, recipe, name)
 

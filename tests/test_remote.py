@@ -346,6 +346,9 @@ def test_parameter_names_are_frozen():
     expected |= {"mlp.bypass.reduce.weight", "mlp.bypass.expand.weight"}
     names = {name for name in factored.state_dict() if name.startswith("vit.blocks.0.")}
     assert names == {f"vit.blocks.0.{name}" for name in expected}
+    names = {name for name in make_model(ragged_config(up_ranks=[2, 0])).state_dict() if ".0.mlp.up." in name}
+    kinds = ("read.weight", "read.bias", "rest.weight", "rest.bias")
+    assert names == {f"vit.blocks.0.mlp.up.{kind}" for kind in kinds}
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals

@@ -104,7 +104,12 @@ class BlockCandidates:
         ]
 
     def up_ranks(self, costs: UnitCosts, multiple: int, last_width: float = LAST_WIDTH_WEIGHT) -> np.ndarray:
-        """For each width 0, 1, … of the MLP the rank of its up weight, 0 where that stays whole."""
+        """For each width 0, 1, … of the MLP the rank of its up weight, 0 where that stays whole.
+
+        So it always does where only the tokens read count: of few images they span no more than a part of the inputs.
+        """
+        if not self.reads_all_tokens:
+            return np.zeros(len(self.width.errors), dtype=int)
         width, rank_errors = self._mlp_curves(costs, multiple, last_width)
         return best_ranks(rank_errors, hull_slopes(width), costs.entry, len(self.down_weight), multiple)
 
