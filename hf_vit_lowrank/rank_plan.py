@@ -292,8 +292,8 @@ def curve_records(
     """The error curves that `plan` was chosen from, thinned out to some corners of their hulls; JSON-able.
 
     Under "query_key", "value_output" and "mlp_width" a curve for each layer, the heads together (a native plan, whose
-    heads are even, loses somewhat more, and so does an up weight of lower rank). A curve has "sizes", "errors" (rise of the loss, six digits) and "chosen", one
-    of the sizes.
+    heads are even, loses somewhat more, and so does an up weight of lower rank). A curve has "sizes", "errors" (rise of
+    the loss, six digits) and "chosen", one of the sizes.
     """
     records: dict[str, list[Any]] = {"query_key": [], "value_output": [], "mlp_width": []}
     for layer, block in enumerate(candidates):
