@@ -31,8 +31,7 @@ def recipe_ranks(
     return budgeted_ranks(
         *(candidates, embedding, config, limit, recipe.cost, recipe.query_key_weight),
         multiple=recipe.rank_multiple,
-        # Training gets more out of the units that a bypass stands in for: see README, trials.
-        with_bypasses=recipe.compensation not in TRAINED,
+        trained=recipe.compensation in TRAINED,
         native=recipe.native,
     )
 

@@ -227,15 +227,20 @@ def budgeted_ranks(
     cost: str,
     query_key_weight: float,
     multiple: int,
-    with_bypasses: bool = True,
+    trained: bool = False,
     native: bool = False,
 ) -> RankPlan:
     """The plan for a whole model of at most `limit` parameters or FLOPs; `native` as in `CompressionRecipe`.
+
+    trained: by what compensates it, which gets more out of the units that a bypass stands in for than out of that, and
+    which up weights of lower rank have not been tried with: see README, trials.
 
     Raises:
         UserError: the limit lies below what the smallest ranks cost; says how much that is.
     """
     costs, fixed = model_costs(stored(config, native), cost, native)
+    if trained:
+        costs = [replace(unit, entry=0) for unit in costs]
     of_embedding = embedding_costs(config, cost)
     # At full size there is nothing to choose; two factors may end just above what the piece costs as it is.
     stay_whole = native or limit >= plan_cost(config, cost)
@@ -250,7 +255,7 @@ def budgeted_ranks(
             units = {name: unit for name, (unit, _) in of_embedding.items()}
             curves = embedding.curves(largest, units, multiple, costs[0].pivot)
             plan = choose_ranks(
-                *blocks, multiple=multiple, with_bypasses=with_bypasses, embedding=curves, last_width=last_width
+                *blocks, multiple=multiple, with_bypasses=not trained, embedding=curves, last_width=last_width
             )
         return replace(plan, last_width=last_width)
     except ImpossibleBudgetError as error:

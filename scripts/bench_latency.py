@@ -75,6 +75,9 @@ def main(
     dense: Annotated[str | None, typer.Option(help="The dense model of --compressed: a hub id or a folder.")] = None,
     reductions: Annotated[str, typer.Option(help="Shares of the parameters removed (random weights).")] = "0.6,0.4",
     hidden_size: Annotated[int, typer.Option(help="Hidden size of the random weights: 768 is DeiT-base.")] = 768,
+    up_rank: Annotated[
+        float, typer.Option(help="Of up weights (random weights), as a share; 1: whole.", min=0.1, max=1)
+    ] = 1.0,
     batches: Annotated[str, typer.Option(help="Images at once.")] = "1,8,32",
     precisions: Annotated[str, typer.Option(help=f"Of {', '.join(PRECISIONS)} (weights only).")] = ",".join(PRECISIONS),
     attentions: Annotated[str, typer.Option(help=f"Of {', '.join(ATTENTIONS)}.")] = ",".join(ATTENTIONS),
@@ -98,7 +101,7 @@ def main(
     kinds = [kind for kind in precisions.split(",") if _usable(kind, where)]
     cases = list(product(kinds, attentions.split(","), (False, True) if compiled else (False,)))
     if compressed is None:
-        pairs = _random_pairs([float(part) for part in reductions.split(",")], hidden_size)
+        pairs = _random_pairs([float(part) for part in reductions.split(",")], hidden_size, up_rank)
     else:
         pairs = iter([(str(compressed.name), load_classifier(str(dense))[0], load_classifier(str(compressed))[0])])
     rows, loads = [], []
@@ -139,19 +142,24 @@ def _usable(precision: str, device: torch.device) -> bool:
 # ----------------------------------------------------------------------------------------------------------- the models
 
 
-def _random_pairs(reductions: list[float], hidden_size: int) -> Iterator[tuple[str, PreTrainedModel, PreTrainedModel]]:
+def _random_pairs(
+    reductions: list[float], hidden_size: int, up_rank: float
+) -> Iterator[tuple[str, PreTrainedModel, PreTrainedModel]]:
     heads = hidden_size // 64
     shape = {"hidden_size": hidden_size, "num_attention_heads": heads, "intermediate_size": 4 * hidden_size}
     torch.manual_seed(0)
     dense = DeiTForImageClassification(DeiTConfig(num_labels=1000, **shape)).eval()
     whole = from_transformers(dense).config
     for reduction in reductions:
-        config = uneven_config(whole, int((1 - reduction) * count_parameters(dense)))
+        config = uneven_config(whole, int((1 - reduction) * count_parameters(dense)), up_rank)
         yield f"random, hidden size {hidden_size}", dense, LowRankViTForImageClassification(config).eval()
 
 
-def uneven_config(dense: LowRankViTConfig, limit: int) -> LowRankViTConfig:
-    """Uneven sizes, the layers' sums multiples of `RANK_MULTIPLE`, of at most `limit` parameters in all."""
+def uneven_config(dense: LowRankViTConfig, limit: int, up_rank: float = 1.0) -> LowRankViTConfig:
+    """Uneven sizes, the layers' sums multiples of `RANK_MULTIPLE`, of at most `limit` parameters in all.
+
+    up_rank: of the up weights, as a share of their smaller side; 1 for whole ones.
+    """
     generator = random.Random(0)
     layers, heads = dense.num_hidden_layers, dense.num_attention_heads
     head_size = dense.hidden_size // heads
@@ -168,6 +176,8 @@ def uneven_config(dense: LowRankViTConfig, limit: int) -> LowRankViTConfig:
         fields["query_key_ranks"] = [_ranks(layer, scale, head_size) for layer in query_key]
         fields["value_output_ranks"] = [_ranks(layer, scale, head_size) for layer in value_output]
         fields["mlp_widths"] = [sum(_ranks([share], scale, dense.intermediate_size)) for share in widths]
+        smaller_sides = (min(width, dense.hidden_size) for width in fields["mlp_widths"])
+        fields["up_ranks"] = [int(up_rank * side) if up_rank < 1 else 0 for side in smaller_sides]
         return stored(LowRankViTConfig.from_dict(fields))
 
     return config(last_that_fits(lambda scale: plan_cost(config(scale), "parameters") <= limit, 0.05, 1.0))

@@ -95,7 +95,7 @@ def test_training_block_by_block_brings_the_model_nearer_to_the_dense_one(calibr
     assert after < report["before"] <= before  # with the confidence that the model as it was refitted should have
     assert report["after"] == pytest.approx(after, rel=1e-4)
     assert all(block["after"] < block["before"] for block in report["blocks"] if block["kept"])
-    assert not any(trained.model.config.bypass_ranks)
+    assert not any(trained.model.config.bypass_ranks + trained.model.config.up_ranks)
 
 
 def test_distillation_brings_it_nearer_still(calibrated, trained, distilled):
