@@ -183,12 +183,14 @@ def test_lora_is_trained_and_merged(compressed, digits, tmp_path):
     peft = pytest.importorskip("peft")
     set_seed(0)
     before = load(compressed).eval()
-    parts = ["query", "key_value", "output.rest", "up", "down"]
-    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules=parts, modules_to_save=["classifier"])
+    parts = [name for name, module in before.vit.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert any("output.rest" in name for name in parts)
+    assert any("up.read" in name for name in parts)
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", modules_to_save=["classifier"])
     model = peft.get_peft_model(load(compressed), settings)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert all("lora_" in name or "classifier" in name for name in trained)
-    assert len([name for name in trained if "lora_A" in name]) == len(parts) * before.config.num_hidden_layers
+    assert len([name for name in trained if "lora_A" in name]) == len(parts)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for _ in range(6):

@@ -53,7 +53,7 @@ PLANS = {
         "query_key_ranks": [[3, 5], [8, 1]],
         "value_output_ranks": [[2, 8], [0, 4]],
         "mlp_widths": [7, 24],
-        "up_ranks": [5, 14],
+        "up_ranks": [5, 9],
         "bypass_ranks": [3, 0],
         "embedding_ranks": {"projection": 5, "positions": 3},
     },
