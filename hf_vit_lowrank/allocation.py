@@ -111,11 +111,10 @@ def hull_corners(curve: ErrorCurve) -> list[int]:
 
 def hull_slopes(curve: ErrorCurve) -> np.ndarray:
     """For each size 0, 1, … of a curve what its lower convex hull falls by, per cost, from there on; 0 at the end."""
-    corners = hull_corners(curve)
-    slopes = np.zeros(curve.largest + 1)
-    for smaller, larger in pairwise(corners):
-        slopes[smaller:larger] = _saving(curve, smaller, larger)
-    slopes[: corners[0]] = slopes[corners[0]]
+    slopes, smaller = np.zeros(curve.largest + 1), 0
+    for slope, larger in _hull_steps(curve):
+        slopes[smaller:larger] = slope
+        smaller = larger
     return slopes
 
 

@@ -7,16 +7,9 @@ from collections.abc import Sequence
 from .candidates.block import BlockCandidates
 from .candidates.embedding import EmbeddingCandidates
 from .dense import DenseSource, dense_parameters, matched_parameters
+from .plan_costs import plan_cost
 from .presets import smallest_parameters
-from .rank_plan import (
-    RankPlan,
-    budgeted_ranks,
-    plan_cost,
-    smallest_config,
-    stream_size,
-    unreachable,
-    with_hidden_size,
-)
+from .rank_plan import RankPlan, budgeted_ranks, smallest_config, stream_size, unreachable, with_hidden_size
 from .recipe import OURS, TRAINED, CompressionRecipe
 
 

@@ -28,9 +28,9 @@ from .images import ImageStream
 from .model_card import PICTURE, model_card
 from .out_of_memory import with_smaller_batches
 from .pivoting import pivoted
+from .plan_costs import plan_cost
 from .presets import PRESETS
 from .probing import Weighed, probe_sizes
-from .rank_plan import plan_cost
 from .recipe import OURS, CompressionRecipe
 from .record import built_size, compression_record, planned_size, published
 from .remote.configuration_lowrank_vit import LowRankViTConfig

@@ -23,7 +23,7 @@ from .evaluation import count_flops, count_parameters, load_classifier
 from .model_card import model_card
 from .narrowing import widened
 from .pivoting import unpivoted
-from .rank_plan import plan_cost
+from .plan_costs import plan_cost
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
 
@@ -127,7 +127,7 @@ def _full_config(config: LowRankViTConfig) -> LowRankViTConfig:
     size = max(config.hidden_size // config.num_attention_heads, *ranks)
     sizes = [[size] * config.num_attention_heads for _ in range(config.num_hidden_layers)]
     whole = {"query_key_ranks": sizes, "value_output_ranks": [list(layer) for layer in sizes]}
-    shrunk = {"mlp_widths": None, "factor_ranks": None, "bypass_ranks": None, "embedding_ranks": None}
+    shrunk = dict.fromkeys(("mlp_widths", "factor_ranks", "up_ranks", "bypass_ranks", "embedding_ranks"))
     # One weight for queries, keys and values has a bias, whatever the other layers have.
     bias = {"qkv_bias": config.qkv_bias or any("query_key_value" in ranks for ranks in config.factor_ranks)}
     return LowRankViTConfig.from_dict({**config.to_dict(), **whole, **shrunk, **bias})
@@ -236,8 +236,8 @@ def _opened(folder: str | Path, output: str | Path, overwrite: bool) -> tuple[Lo
 
 def _dense_flops(config: LowRankViTConfig) -> int:
     """Of the dense model as transformers computes it."""
-    whole = {"hidden_size": config.dense_hidden_size, "output_pivots": None, "projection_pivots": 0, "up_ranks": None}
-    return plan_cost(_full_config(LowRankViTConfig.from_dict({**config.to_dict(), **whole})), "flops", True)
+    whole_stream = {"hidden_size": config.dense_hidden_size, "output_pivots": None, "projection_pivots": 0}
+    return plan_cost(_full_config(LowRankViTConfig.from_dict({**config.to_dict(), **whole_stream})), "flops", True)
 
 
 def _saved(

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from . import processes
 from .errors import UserError
-from .rank_plan import STREAM_FROM, num_tokens, plan_cost
+from .plan_costs import num_tokens, plan_cost
+from .rank_plan import STREAM_FROM
 from .recipe import FACTORED, OURS, TRAINED, VIEWS, CompressionRecipe
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import pair

@@ -40,7 +40,8 @@ def pivoted(model: LowRankViTForImageClassification) -> LowRankViTForImageClassi
 
 @torch.no_grad()
 def unpivoted(model: LowRankViTForImageClassification) -> LowRankViTForImageClassification:
-    """The way back to whole weights, and to layer norms with a scale and a shift, which then do nothing.
+    """The way back to whole weights, of up weights too, and to layer norms with a scale and a shift, which then do
+    nothing.
 
     The values and the output weights of a head share the scale of their product, as weights of few bits want it.
     """

@@ -12,7 +12,8 @@ from .candidates.block import BlockCandidates
 from .dense import DenseSource, matched_parameters
 from .evaluation import count_flops, count_parameters
 from .model_card import without_folders
-from .rank_plan import RankPlan, curve_records, plan_cost, stored
+from .plan_costs import plan_cost
+from .rank_plan import RankPlan, curve_records, stored
 from .recipe import CompressionRecipe
 from .remote.configuration_lowrank_vit import LowRankViTConfig
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification

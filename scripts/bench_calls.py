@@ -2,7 +2,7 @@
 
 At small batches a GPU waits for its host, which has to make one call after the other. Here the models are so small (12
 blocks of 12 heads, four patches an image) that calls are all that takes time, and run on the processor. Dense is
-transformers' own class; both take turns, and medians of processor time are compared. Writes calls.json into OUTPUT.
+transformers' own class; all take turns, and medians of processor time are compared. Writes calls.json into OUTPUT.
 """
 
 from __future__ import annotations

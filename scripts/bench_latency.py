@@ -29,9 +29,10 @@ from hf_vit_lowrank.bisection import last_that_fits
 from hf_vit_lowrank.dense_layout import from_transformers
 from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.evaluation import count_flops, count_parameters, load_classifier, pick_device
+from hf_vit_lowrank.plan_costs import plan_cost
 from hf_vit_lowrank.precision import half_precision
 from hf_vit_lowrank.quantised import quantise
-from hf_vit_lowrank.rank_plan import plan_cost, stored
+from hf_vit_lowrank.rank_plan import stored
 from hf_vit_lowrank.remote.configuration_lowrank_vit import LowRankViTConfig
 from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification, pair
 

@@ -22,7 +22,8 @@ from hf_vit_lowrank.budget import recipe_ranks
 from hf_vit_lowrank.calibration import Calibrated
 from hf_vit_lowrank.divergence import stream_logits
 from hf_vit_lowrank.embeddings import embedded_by
-from hf_vit_lowrank.rank_plan import RankPlan, model_costs
+from hf_vit_lowrank.plan_costs import model_costs
+from hf_vit_lowrank.rank_plan import RankPlan
 from hf_vit_lowrank.recipe import CompressionRecipe
 from hf_vit_lowrank.statistics import Moments, token_weight
 from hf_vit_lowrank.surgery import _refit, shrink

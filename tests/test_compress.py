@@ -24,8 +24,8 @@ from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.evaluation import count_parameters, evaluate_classifier
 from hf_vit_lowrank.expected_time import expected_seconds
 from hf_vit_lowrank.images import open_images
+from hf_vit_lowrank.plan_costs import plan_cost
 from hf_vit_lowrank.presets import PRESETS
-from hf_vit_lowrank.rank_plan import plan_cost
 from hf_vit_lowrank.recipe import CompressionRecipe
 from hf_vit_lowrank.run_folder import RunFolder
 from hf_vit_lowrank.sweep import sweep

@@ -11,7 +11,7 @@ from hf_vit_lowrank.candidates.embedding import embedding_candidates
 from hf_vit_lowrank.compress import build
 from hf_vit_lowrank.embeddings import embedded_by
 from hf_vit_lowrank.evaluation import count_flops, count_parameters
-from hf_vit_lowrank.rank_plan import largest_embedding_ranks, plan_cost
+from hf_vit_lowrank.plan_costs import largest_embedding_ranks, plan_cost
 from hf_vit_lowrank.recipe import CompressionRecipe
 from hf_vit_lowrank.remote.configuration_lowrank_vit import LowRankViTConfig
 from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTForImageClassification

@@ -35,7 +35,7 @@ from hf_vit_lowrank.evaluation import (
     pick_device,
 )
 from hf_vit_lowrank.images import open_images
-from hf_vit_lowrank.rank_plan import plan_cost
+from hf_vit_lowrank.plan_costs import plan_cost
 from hf_vit_lowrank.recipe import CompressionRecipe
 from hf_vit_lowrank.remote.configuration_lowrank_vit import LowRankViTConfig
 from hf_vit_lowrank.remote.modeling_lowrank_vit import LowRankViTAttention, LowRankViTForImageClassification

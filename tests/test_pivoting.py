@@ -18,7 +18,8 @@ from hf_vit_lowrank.evaluation import count_parameters
 from hf_vit_lowrank.export import densified
 from hf_vit_lowrank.narrowing import narrowed
 from hf_vit_lowrank.pivoting import _with_identity, pivoted, unpivoted
-from hf_vit_lowrank.rank_plan import plan_cost, stored
+from hf_vit_lowrank.plan_costs import plan_cost
+from hf_vit_lowrank.rank_plan import stored
 from hf_vit_lowrank.remote.configuration_lowrank_vit import LowRankViTConfig
 from hf_vit_lowrank.remote.modeling_lowrank_vit import PivotedLinear
 

@@ -13,11 +13,11 @@ from conftest import random_model
 
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.evaluation import count_parameters
+from hf_vit_lowrank.plan_costs import plan_cost
 from hf_vit_lowrank.presets.corp import ACTIVE_SHARE, RIDGE, corp, folded_down, query_key_maps
 from hf_vit_lowrank.presets.modegpt import ENTROPY_WEIGHT, layer_shares, leverage_scores, modegpt, nystrom, value_output
 from hf_vit_lowrank.presets.pair_form import best, dense_traces, largest_config, sparse_config
 from hf_vit_lowrank.presets.pruning import gated_block, magnitude, magnitude_scores, taylor, taylor_scores
-from hf_vit_lowrank.rank_plan import plan_cost
 from hf_vit_lowrank.statistics import Moments, collect_statistics
 
 PRESETS = [corp, modegpt, magnitude, taylor]

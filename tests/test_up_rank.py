@@ -10,6 +10,7 @@ import torch
 from conftest import random_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_pivoting import random_matrix
 
 from hf_vit_lowrank import rank_plan
 from hf_vit_lowrank.allocation import ErrorCurve, hull_slopes
@@ -25,10 +26,6 @@ from hf_vit_lowrank.statistics import Moments
 from hf_vit_lowrank.surgery import keep_units
 
 WIDTH, SIZE = 9, 6
-
-
-def random_matrix(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
 def random_moment(size: int, seed: int) -> torch.Tensor:

@@ -93,31 +93,31 @@ class BlockCandidates:
         heads = len(self.query_key.heads)
         query_key = 0.5 * self.factors[0] * query_key_weight * self.query_key.errors
         value_output = 0.5 * self.factors[1] * VALUE_OUTPUT_WEIGHT * self.value_output.elimination.errors
-        width, rank_errors = self._mlp_curves(costs, multiple, last_width)
-        widths, ranks = np.arange(len(width.errors)), self.up_ranks(costs, multiple, last_width)
-        saved = costs.saved_by_rank(widths, ranks, len(self.down_weight))
-        errors = width.errors + np.where(ranks > 0, rank_errors[ranks], 0.0)
         return [
             ErrorCurve(query_key.numpy(), costs.query_key, smallest=heads, step=multiple),
             ErrorCurve(value_output.numpy(), costs.value_output, step=multiple, saved=self._saved(costs)),
-            replace(width, errors=errors, saved=saved),
+            self._width_and_ranks(costs, multiple, last_width)[0],
         ]
 
     def up_ranks(self, costs: UnitCosts, multiple: int, last_width: float = LAST_WIDTH_WEIGHT) -> np.ndarray:
-        """For each width 0, 1, … of the MLP the rank of its up weight, 0 where that stays whole.
+        """For each width 0, 1, … of the MLP the rank of its up weight, 0 where that stays whole."""
+        return self._width_and_ranks(costs, multiple, last_width)[1]
 
-        So it always does where only the tokens read count: of few images they span no more than a part of the inputs.
+    def _width_and_ranks(self, costs: UnitCosts, multiple: int, last_width: float) -> tuple[ErrorCurve, np.ndarray]:
+        """The curve of the width, and the ranks that go with it.
+
+        Up weights always stay whole where only the tokens read count: of few images those span no more than a part of
+        the inputs.
         """
-        if not self.reads_all_tokens:
-            return np.zeros(len(self.width.errors), dtype=int)
-        width, rank_errors = self._mlp_curves(costs, multiple, last_width)
-        return best_ranks(rank_errors, hull_slopes(width), costs.entry, len(self.down_weight), multiple)
-
-    def _mlp_curves(self, costs: UnitCosts, multiple: int, last_width: float) -> tuple[ErrorCurve, np.ndarray]:
-        """Of the width, its up weight being whole; and the errors of the ranks of that."""
         factor = 0.5 * self.factors[2] * (1.0 if self.reads_all_tokens else last_width)
-        width = ErrorCurve((factor * self.width.errors).numpy(), costs.width, step=multiple)
-        return width, (factor * UP_RANK_WEIGHT * self.rank_errors).numpy()
+        whole = ErrorCurve((factor * self.width.errors).numpy(), costs.width, step=multiple)
+        if not self.reads_all_tokens:
+            return whole, np.zeros(len(whole.errors), dtype=int)
+        losses, hidden_size = (factor * UP_RANK_WEIGHT * self.rank_errors).numpy(), len(self.down_weight)
+        ranks = best_ranks(losses, hull_slopes(whole), costs.entry, hidden_size, multiple)
+        errors = whole.errors + np.where(ranks > 0, losses[ranks], 0.0)
+        saved = costs.saved_by_rank(np.arange(len(ranks)), ranks, hidden_size)
+        return replace(whole, errors=errors, saved=saved), ranks
 
     def _saved(self, costs: UnitCosts) -> np.ndarray:
         """By the pivots of every value-output size."""

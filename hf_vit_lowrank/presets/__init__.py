@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..rank_plan import plan_cost
+from ..plan_costs import plan_cost
 from ..remote.modeling_lowrank_vit import LowRankViTForImageClassification
 from . import corp, factored, flar_svd, modegpt, paper, pruning
 from .inputs import PresetInputs

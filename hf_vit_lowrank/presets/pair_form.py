@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..bisection import last_that_fits
-from ..rank_plan import RankPlan, plan_cost, unreachable
+from ..plan_costs import plan_cost
+from ..rank_plan import RankPlan, unreachable
 from ..remote.configuration_lowrank_vit import LowRankViTConfig
 from ..remote.modeling_lowrank_vit import (
     LowRankViTAttention,
