@@ -2,107 +2,26 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import sys
-import traceback
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from . import cli_options as opt
-from .cli_arguments import (
-    check_file,
-    check_folder,
-    file_recipe,
-    parse_reductions,
-    refuse_source,
-    typed_recipe,
-)
-from .errors import RunError, UserError, reason, without_secrets
+from .cli_arguments import check_file, check_folder, file_recipe, parse_reductions, refuse_source, typed_recipe
+from .cli_command import app, command, recipe_app
+from .errors import RunError, UserError
 from .recipe import OURS, CompressionRecipe
 
 # What only some of the commands need is imported inside them.
-app = typer.Typer(
-    name="hf-vit-lowrank",
-    help="Make a Vision Transformer of the Hugging Face Hub smaller, from images without labels.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
-recipe_app = typer.Typer(help="Recipes as YAML files, for compress --recipe.", no_args_is_help=True)
-app.add_typer(recipe_app, name="recipe")
 
 # What --smoke leaves of the calibration images.
 SMOKE_SAMPLES = 64
 
-# ---------------------------------------------------------------------------------------------------------- the errors
 
-
-def _command(example: str, group: typer.Typer = app) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a command whose errors become one sentence on stderr and an exit code (2: bad input, 1: failed)."""
-
-    def register(function: Callable[..., None]) -> Callable[..., None]:
-        command = opt.with_groups(function)
-
-        @functools.wraps(command)
-        def run(**options: Any) -> None:
-            try:
-                _set_up_output(options["quiet"])
-                command(**options)
-            except typer.Exit:
-                raise
-            except (Exception, KeyboardInterrupt) as error:
-                if options["debug"]:
-                    print(without_secrets(traceback.format_exc()), end="", file=sys.stderr)
-                code, sentence = _verdict(error)
-                print(sentence, file=sys.stderr)
-                raise typer.Exit(code) from None
-
-        group.command(epilog=f"Example: {example}")(run)
-        return function
-
-    return register
-
-
-def _verdict(error: BaseException) -> tuple[int, str]:
-    if isinstance(error, UserError):
-        return 2, f"Error: {error}"
-    if isinstance(error, RunError):
-        return 1, f"Error: {error}"
-    if isinstance(error, KeyboardInterrupt):
-        return 130, "Interrupted: give the same command again; compress then goes on where it was."
-    return 1, f"Error: {type(error).__name__}: {reason(error)}; run again with --debug for the traceback."
-
-
-def _set_up_output(quiet: bool) -> None:
-    import datasets
-    import huggingface_hub
-    import transformers
-
-    from . import auto_classes, progress  # noqa: F401
-
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-    logging.getLogger(__package__).addHandler(handler)
-    # Our own messages and progress bars are enough; that of a download is the hub client's.
-    for library in (datasets, huggingface_hub, transformers):
-        library.utils.logging.set_verbosity_error()
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    if quiet:
-        progress.quiet()
-        huggingface_hub.utils.disable_progress_bars()
-
-
-# -------------------------------------------------------------------------------------------------------- the commands
-
-
-@_command(
+@command(
     "hf-vit-lowrank compress facebook/deit-base-patch16-224 --calibration imagenet-1k --split train --reduction 0.6 "
     "--output deit-b-lowrank60"
 )
@@ -139,7 +58,7 @@ def compress(
     from .compress import compress as compress_model
     from .images import open_images
     from .memory import parse_bytes
-    from .run_folder import RunFolder
+    from .run_folder import run_beside
 
     fields = {**vars(size), **vars(method), **vars(distillation), "preset": preset, "native": native, "probe": probe}
     recipe = typed_recipe(context, recipe_file, **fields)
@@ -151,28 +70,18 @@ def compress(
     refuse_source(output, source)
     check_target(output, weight_bytes(source, recipe, revision=loading.revision), overwrite=overwrite)
     images = open_images(calibration, **vars(data), label_column=label_column, samples=recipe.samples, seed=recipe.seed)
-    folder = output.absolute().parent / f".{output.name}.run"
-    run = RunFolder(folder)
     processes.join()
     if not processes.is_main():
         progress.quiet()
-    if processes.is_main() and (restart or not run.is_begun()):
-        run.remove()
     limit = parse_bytes(memory_limit) if memory_limit else None
-    try:
-        result = compress_model(source, images, recipe, **vars(loading), run_folder=folder, memory_limit=limit)
-    except UserError:
-        # What was refused before the long work must not stand in the way of its correction.
-        if processes.is_main() and not run.is_begun():
-            run.remove()
-        raise
-    result.save_pretrained(output, overwrite=overwrite)
+    with run_beside(output, restart) as run:
+        result = compress_model(source, images, recipe, **vars(loading), run_folder=run.folder, memory_limit=limit)
+        result.save_pretrained(output, overwrite=overwrite)
     if processes.is_main():
-        run.remove()
         reporting.give(result.report, lambda: tables.show_compression(result.report, output))
 
 
-@_command("hf-vit-lowrank plan facebook/deit-base-patch16-224 --calibration imagenet-1k --split train --reduction 0.6")
+@command("hf-vit-lowrank plan facebook/deit-base-patch16-224 --calibration imagenet-1k --split train --reduction 0.6")
 def plan(
     *,
     context: typer.Context,
@@ -198,7 +107,7 @@ def plan(
     reporting.give(report, lambda: tables.show_plan(report))
 
 
-@_command(
+@command(
     "hf-vit-lowrank sweep facebook/deit-base-patch16-224 --calibration imagenet-1k:train --dataset "
     "imagenet-1k:validation --reductions 0.2,0.4,0.6 --output sweep"
 )
@@ -223,11 +132,16 @@ def sweep(
     probe: opt.Probe = False,
     loading: opt.LoadOptions,
     overwrite: opt.Overwrite = False,
+    restart: opt.Restart = False,
     reporting: opt.ReportOptions,
 ) -> None:
-    """Compress to many sizes from statistics that they share; writes a table (JSON, Markdown) and a chart."""
+    """Compress to many sizes from statistics that they share; writes a table (JSON, Markdown) and a chart.
+
+    Goes on where it was, as `compress` does.
+    """
     from . import tables
     from .images import open_images
+    from .run_folder import run_beside
     from .sweep import sweep as run
 
     sizes = parse_reductions(reductions)
@@ -246,11 +160,18 @@ def sweep(
         label_column=label_column,
         seed=None,
     )
-    rows = run(source, images, sizes, recipe, dataset=measured or None, output=output, **vars(loading))
+    with run_beside(output, restart) as unfinished:
+        rows = run(
+            *(source, images, sizes, recipe),
+            dataset=measured or None,
+            output=output,
+            run_folder=unfinished.folder,
+            **vars(loading),
+        )
     reporting.give(rows, lambda: tables.show_sweep(rows, output))
 
 
-@_command(
+@command(
     "hf-vit-lowrank evaluate deit-b-lowrank60 --dataset imagenet-1k --split validation --against "
     "facebook/deit-base-patch16-224"
 )
@@ -292,7 +213,7 @@ def evaluate(
     reporting.give(report, lambda: tables.show_evaluation(report))
 
 
-@_command("hf-vit-lowrank demo --output demo-output")
+@command("hf-vit-lowrank demo --output demo-output")
 def demo(
     output: Annotated[Path, opt.option("Folder to write.", **opt.RUN)] = Path("demo-output"),
     reduction: Annotated[float, opt.option("Share of the parameters to remove.", **opt.SIZE)] = 0.6,
@@ -307,7 +228,7 @@ def demo(
     run_demo(output, reduction, show=not quiet)
 
 
-@_command("hf-vit-lowrank export deit-b-lowrank60 --onnx deit-b-lowrank60.onnx")
+@command("hf-vit-lowrank export deit-b-lowrank60 --onnx deit-b-lowrank60.onnx")
 def export(
     folder: Annotated[Path, typer.Argument(help="Checkpoint folder; it is only read.", show_default=False)],
     onnx: Annotated[Path | None, opt.option("An ONNX file, for any batch size.", metavar="FILE", **opt.FORM)] = None,
@@ -339,7 +260,7 @@ def export(
         print(f"Written to {output}")
 
 
-@_command("hf-vit-lowrank push deit-b-lowrank60 org/deit-b-lowrank60 --private")
+@command("hf-vit-lowrank push deit-b-lowrank60 org/deit-b-lowrank60 --private")
 def push(
     *,
     folder: Annotated[Path, typer.Argument(help="Checkpoint folder that compress wrote.", show_default=False)],
@@ -361,7 +282,7 @@ def push(
     reporting.give(report, lambda: tables.show_push(report))
 
 
-@_command("hf-vit-lowrank verify deit-b-lowrank60")
+@command("hf-vit-lowrank verify deit-b-lowrank60")
 def verify(
     *,
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint of ours: a folder or a hub id.", show_default=False)],
@@ -388,7 +309,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@_command("hf-vit-lowrank recipe show > recipe.yaml", recipe_app)
+@command("hf-vit-lowrank recipe show > recipe.yaml", recipe_app)
 def show(
     source: Annotated[
         Path | None, typer.Argument(help="A recipe file, or a compressed checkpoint's folder (default: a new recipe).")
@@ -408,7 +329,7 @@ def show(
     print(recipe.to_yaml(), end="")
 
 
-@_command(
+@command(
     "hf-vit-lowrank report deit-b-lowrank60 --dataset imagenet-1k --split validation --against "
     "facebook/deit-base-patch16-224 --output report.html"
 )
@@ -445,7 +366,7 @@ def report(
     reporting.give({**record, "evaluation": evaluation}, lambda: print(f"Written to {output}"))
 
 
-@_command("hf-vit-lowrank space org/deit-b-lowrank60 --output space")
+@command("hf-vit-lowrank space org/deit-b-lowrank60 --output space")
 def space(
     source: Annotated[str, typer.Argument(help="Compressed checkpoint: a folder or a hub id.", show_default=False)],
     output: opt.Output,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -132,6 +133,26 @@ class RunFolder:
                 f"The run folder '{self.folder}' could not be written to ({reason(error)}): make room, then give the "
                 "same command again, which goes on from here."
             ) from error
+
+
+@contextmanager
+def run_beside(output: Path, restart: bool) -> Iterator[RunFolder]:
+    """The run folder of a command that writes `output`, hidden beside it: there until the command is through.
+
+    restart: throw away what an unfinished run left. Raises UserError where something else has the folder's name.
+    """
+    run = RunFolder(output.absolute().parent / f".{output.name}.run")
+    if processes.is_main() and (restart or not run.is_begun()):
+        run.remove()
+    try:
+        yield run
+    except UserError:
+        # What was refused before the long work must not stand in the way of its correction.
+        if processes.is_main() and not run.is_begun():
+            run.remove()
+        raise
+    if processes.is_main():
+        run.remove()
 
 
 class _Parked(Sequence[Any]):

@@ -17,6 +17,7 @@ from .evaluation import class_of_label, count_flops, evaluate_classifier
 from .images import ImageStream
 from .recipe import CompressionRecipe
 from .remote.modeling_lowrank_vit import LowRankViTForImageClassification
+from .run_folder import RunFolder
 
 _COLUMNS = {
     "reduction": "removed",
@@ -40,16 +41,20 @@ def sweep(
     revision: str | None = None,
     allow_pickle: bool = False,
     device: str | None = None,
+    run_folder: Path | None = None,
 ) -> list[dict[str, Any]]:
     """Compress by each of `reductions` (the one in `recipe` does not count), measure, and write what came out.
 
     Without `dataset` the agreement is measured on calibration images that are held back. Writes sweep.json, sweep.md
-    and sweep.png into `output`; returns one row per size, the dense model first.
+    and sweep.png into `output`; returns one row per size, the dense model first. run_folder: where finished stages and
+    sizes are kept, from which the same call goes on if it died; it is the caller's to delete. None keeps nothing.
 
     Raises UserError and RunError as `compress` does.
     """
     if not reductions:
         raise UserError("A sweep needs at least one reduction.")
+    run = RunFolder(run_folder)
+    run.require(reductions=list(reductions), dataset=dataset.description if dataset else None)
     hold_back = training_share(recipe) or (AGREEMENT_SHARE if dataset is None else 0.0)
     calibrated = calibrate(
         source,
@@ -59,22 +64,35 @@ def sweep(
         revision=revision,
         allow_pickle=allow_pickle,
         device=device,
+        run=run,
     )
-    dense, rows = calibrated.dense, []
+    dense = calibrated.dense
     if dataset is not None and dataset.description["label_column"] is not None:
         class_of_label(dataset, dense.model)  # classes that cannot be matched are refused before a size is built
-    for size in reductions:
-        result = build(calibrated, replace(recipe, reduction=size))
-        accuracy, dense_accuracy = _accuracies(calibrated, result.model, dataset)
-        report = result.report
-        rows.append(_row(size, report["parameters"], report["flops"], report["predicted_loss"], accuracy))
-    rows.insert(0, _row(0.0, dense.parameters, count_flops(dense.model), 0.0, dense_accuracy))
+
+    def measured(size: float) -> tuple[dict[str, Any], dict[str, float | None]]:
+        name = f"reduction-{size}"
+        return run.stage(name, lambda: _measured(calibrated, replace(recipe, reduction=size), dataset, run.part(name)))
+
+    finished = [measured(size) for size in reductions]
+    _, dense_accuracy = finished[0]
+    rows = [_row(0.0, dense.parameters, count_flops(dense.model), 0.0, dense_accuracy), *(row for row, _ in finished)]
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "sweep.json").write_text(_as_json(calibrated, recipe, dataset, rows), encoding="utf-8")
     (folder / "sweep.md").write_text(_as_markdown(rows), encoding="utf-8")
     size_chart(rows[1:], rows[0], folder / "sweep.png")
     return rows
+
+
+def _measured(
+    calibrated: Calibrated, recipe: CompressionRecipe, dataset: ImageStream | None, run: RunFolder
+) -> tuple[dict[str, Any], dict[str, float | None]]:
+    """The row of one size, and the dense model's accuracies."""
+    result = build(calibrated, recipe, run=run)
+    accuracy, dense_accuracy = _accuracies(calibrated, result.model, dataset)
+    parameters, flops, predicted = (result.report[name] for name in ("parameters", "flops", "predicted_loss"))
+    return _row(recipe.reduction or 0.0, parameters, flops, predicted, accuracy), dense_accuracy
 
 
 def _row(

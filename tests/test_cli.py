@@ -136,6 +136,7 @@ def test_sweep_writes_three_files(digits_model, digits_data, tmp_path):
     assert [row["reduction"] for row in rows] == [0.0, 0.3, 0.6]
     assert json.loads((tmp_path / "rows.json").read_text()) == rows
     assert all(0 < row["agreement"] <= 100 for row in rows)
+    assert {path.name for path in tmp_path.iterdir()} == {"sweep", "rows.json"}  # nothing of the run is left
 
 
 @pytest.mark.parametrize(

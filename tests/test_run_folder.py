@@ -15,6 +15,7 @@ from hf_vit_lowrank.compress import build, compress
 from hf_vit_lowrank.errors import RunError, UserError
 from hf_vit_lowrank.recipe import CompressionRecipe
 from hf_vit_lowrank.run_folder import RunFolder
+from hf_vit_lowrank.sweep import sweep
 
 RECIPE = CompressionRecipe(reduction=0.85, samples=64, compensation="distill", distill_epochs=3, rank_multiple=1)
 REFITTED = replace(RECIPE, compensation="closed-form")
@@ -92,6 +93,22 @@ def test_statistics_are_not_collected_twice(digits_model, digits_data, tmp_path,
     again = compress(*arguments, device="cpu", run_folder=tmp_path / "run")
     state = again.model.state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in first.model.state_dict().items())
+
+
+def test_a_sweep_that_died_does_nothing_twice(digits_model, digits_data, tmp_path, monkeypatch):
+    recipe = CompressionRecipe(reduction=0.5, samples=32)
+    arguments = (str(digits_model), str(digits_data.calibration), [0.2, 0.5], recipe)
+    run, output = tmp_path / "run", tmp_path / "output"
+    expected = sweep(*arguments, output=tmp_path / "never killed", device="cpu")
+    monkeypatch.setattr("hf_vit_lowrank.sweep.build", killing(build, 1))
+    with pytest.raises(KilledError):
+        sweep(*arguments, output=output, device="cpu", run_folder=run)
+    assert not output.exists()
+    monkeypatch.setattr(calibration, "collect_statistics", killing(None, 0))
+    monkeypatch.setattr("hf_vit_lowrank.sweep.build", killing(build, 1))  # one of the two sizes is left
+    assert sweep(*arguments, output=output, device="cpu", run_folder=run) == expected
+    with pytest.raises(UserError, match=r"reductions \(\[0\.2, 0\.5\] there, \[0\.5\] here\)"):
+        sweep(*arguments[:2], [0.5], recipe, output=output, device="cpu", run_folder=run)
 
 
 def test_fault_07_another_run_in_the_same_folder_is_refused_by_name(digits_model, digits_data, tmp_path):
