@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 # Read tokens get weight 1. Other tokens get at least this, or a block would be fitted to one token an image alone.
 SMALLEST_TOKEN_WEIGHT = 0.002
+# The moments of MLPs are by far the largest, and an image's patches much alike: one in so many is summed and counts for
+# all. With all of them statistics and refits take two forward passes more, and models are no better (README, trials).
+ONE_PATCH_IN = 3
 _GRAM_BLOCK = 512
 
 
@@ -62,6 +65,10 @@ class Moments:
         return Moments(
             self.count + weight * other.count, self.first + weight * other.first, self.second + weight * other.second
         )
+
+    def times(self, factor: float) -> Moments:
+        """As of so many times the tokens."""
+        return Moments(factor * self.count, factor * self.first, factor * self.second)
 
     def part(self, chosen: Tensor | slice) -> Moments:
         """The moments of some of the entries of x."""
@@ -131,6 +138,11 @@ class TokenGroups:
         return self.read.count + self.other.count
 
 
+def sampled(values: Tensor, num_read: int) -> Tensor:
+    """The tokens that the classifier reads and one in ONE_PATCH_IN of the others: (images, tokens, n)."""
+    return torch.cat((values[:, :num_read], values[:, num_read::ONE_PATCH_IN]), 1)
+
+
 def _images_inside(values: Tensor) -> Tensor:
     """(images, ..., tokens, n) to (..., images · tokens, n)."""
     return values.movedim(0, -3).flatten(-3, -2)
@@ -142,9 +154,9 @@ class BlockStatistics:
 
     images: their number. query, context, mlp: token groups of the queries (heads, e), of the concatenated contexts
     (heads · e), and of the MLP's hidden units and its input side by side (w + d). slope: of the slope of each hidden
-    unit's activation (w, 1). key: moments of the keys centred within each image (heads, e). score_gradient: sum of
-    (∂loss/∂s_ij)² per head. attention_gradient, mlp_gradient: token groups of the loss gradient at the block's two
-    outputs (d).
+    unit's activation (w, 1). Of mlp and slope the other tokens are a sample (`sampled`) that counts for all. key:
+    moments of the keys centred within each image (heads, e). score_gradient: sum of (∂loss/∂s_ij)² per head.
+    attention_gradient, mlp_gradient: token groups of the loss gradient at the block's two outputs (d).
     """
 
     images: int
@@ -233,17 +245,20 @@ def collect_statistics(
 
 
 def _add_up(statistics: BlockStatistics) -> None:
-    """Sums over the images of all processes."""
+    """Sums over the images of all processes, in which sampled tokens count for all."""
     statistics.images = int(processes.total(statistics.images))
     processes.add_up(statistics.score_gradient)
     for moments in vars(statistics).values():
         if isinstance(moments, Moments | TokenGroups):
             moments.add_up()
+    for groups in (statistics.mlp, statistics.slope):
+        groups.other = groups.other.times(ONE_PATCH_IN)
 
 
 @dataclass
 class _Trace:
-    """One block's tensors of one batch, and the loss gradients at its scores and at its two outputs."""
+    """One block's tensors of one batch, those of the MLP of sampled tokens, and the loss gradients at its scores and at
+    its two outputs."""
 
     query: Tensor
     key: Tensor
@@ -272,7 +287,7 @@ def _traced_backward(
         for layer, block in enumerate(blocks):
             if layer == layers.start:
                 stream.requires_grad_(True)
-            trace = _traced_block(block, stream)
+            trace = _traced_block(block, stream, model.config.num_tokens_read)
             if layer in layers:
                 traces.append(trace)
             stream = trace.after_mlp
@@ -324,7 +339,7 @@ def _require_finite(values: Tensor, what: str, layer: int) -> None:
         raise RunError(f"The {what} of block {layer} are not finite: the source model overflows on these images.")
 
 
-def _traced_block(block: LowRankViTBlock, stream: Tensor) -> _Trace:
+def _traced_block(block: LowRankViTBlock, stream: Tensor, num_read: int) -> _Trace:
     attention, num_heads = block.attention, len(block.attention.query_key_ranks)
     normed = block.attention_norm(stream)
     query = split_heads(attention.query(normed), num_heads)
@@ -334,8 +349,9 @@ def _traced_block(block: LowRankViTBlock, stream: Tensor) -> _Trace:
     after_attention = stream + attention.output(context)
     mlp_input = block.mlp_norm(after_attention)
     before = block.mlp.up(mlp_input)
-    hidden, slope = block.mlp.activation(before), _slope(block.mlp.activation, before)
+    hidden, slope = block.mlp.activation(before), _slope(block.mlp.activation, sampled(before, num_read))
     after_mlp = after_attention + block.mlp.down(hidden)
+    mlp_input, hidden = sampled(mlp_input, num_read), sampled(hidden, num_read)
     return _Trace(query, key, scores, context, after_attention, mlp_input, slope, hidden, after_mlp)
 
 

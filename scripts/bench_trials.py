@@ -46,6 +46,7 @@ WHOLE_EMBEDDINGS: Constant = ("rank_plan", "largest_embedding_ranks", lambda *_:
 WHOLE_STREAM: Constant = ("rank_plan", "STREAM_FROM", 1.0)
 NO_PIVOTS: Constant = ("candidates.pivots", "TENTHS", 0)
 WHOLE_UP_WEIGHTS: Constant = ("candidates.block", "UP_RANK_WEIGHT", 1e30)
+ALL_PATCHES: list[Constant] = [("statistics", "ONE_PATCH_IN", 1), ("compensation.closed_form", "ONE_PATCH_IN", 1)]
 ALL_DRIFT: Constant = ("compensation.drift", "DRIFT_SEEN", 1.0)
 FOUR_PASSES: list[Constant] = [("compensation.gradient", "SAMPLED", 1024), ("compensation.gradient", "EPOCHS", 4)]
 # Of the trials that want a GPU.
@@ -64,6 +65,8 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     "closed form, pivots": ({}, []),
     "closed form, pivots, whole up weights": ({}, [WHOLE_UP_WEIGHTS]),
     "closed form, pivots, losses of up ranks weighed by one": ({}, [("candidates.block", "UP_RANK_WEIGHT", 1.0)]),
+    # In a call of its own, since trials share the statistics of the whole stream.
+    "closed form, pivots, all patches": ({}, ALL_PATCHES),
     "closed form, pivots, all of the drift seen": ({}, [ALL_DRIFT]),
     "closed form, pivots, 0.7 of the drift seen": ({}, [("compensation.drift", "DRIFT_SEEN", 0.7)]),
     "closed form": ({}, []),

@@ -16,7 +16,7 @@ from hf_vit_lowrank.budget import recipe_ranks
 from hf_vit_lowrank.calibration import calibrate, training_share
 from hf_vit_lowrank.checkpoint import load_checkpoint
 from hf_vit_lowrank.compensation import drift
-from hf_vit_lowrank.compensation.closed_form import _refit_attention, compensate_closed_form
+from hf_vit_lowrank.compensation.closed_form import _refit_attention, _refit_mlp, compensate_closed_form
 from hf_vit_lowrank.compress import build, compress, plan
 from hf_vit_lowrank.divergence import held_back_agreement, held_back_divergence
 from hf_vit_lowrank.embeddings import embedded_by
@@ -130,6 +130,26 @@ def test_refits_see_a_part_of_the_drift_and_streams_all_of_it(calibrated, monkey
     for batch, (block, before) in zip(behind, ((source, stream), (blocks[0], drifted)), strict=True):
         updated = before[0] + block.attention(block.attention_norm(before[0]))[0]
         torch.testing.assert_close(batch[0], updated)
+
+
+@pytest.mark.usefixtures("plain_layout")
+def test_a_patch_of_three_counts_for_all_where_an_mlp_is_refitted(calibrated, monkeypatch):
+    """By patches that come in threes, of which all say the same."""
+    whole = replace(RECIPE, reduction=0.0, compensation="none")
+    source, moments = calibrated.dense.model.vit.blocks[1], calibrated.statistics[1]
+
+    def thrice(batches):
+        return [torch.cat((batch[:, :1], batch[:, 1:].repeat_interleave(3, 1)), 1) for batch in batches]
+
+    generator = torch.Generator().manual_seed(0)
+    drifted = [batch + 0.3 * torch.randn(batch.shape, generator=generator) for batch in calibrated.fitting]
+    blocks = [build(calibrated, whole).model.vit.blocks[1] for _ in range(2)]
+    _refit_mlp(source, blocks[0], moments, thrice(calibrated.fitting), thrice(drifted), 1)
+    for owner in ("statistics", "compensation.closed_form"):
+        monkeypatch.setattr(f"hf_vit_lowrank.{owner}.ONE_PATCH_IN", 1)
+    _refit_mlp(source, blocks[1], moments, thrice(calibrated.fitting), thrice(drifted), 1)
+    first, second = (block.mlp.down.weight for block in blocks)
+    assert (first - second).norm() < 1e-3 * (first - source.mlp.down.weight).norm()
 
 
 def test_half_the_size_keeps_most_digits(calibrated, halved, digits_data):

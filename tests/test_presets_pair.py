@@ -29,10 +29,13 @@ def inputs() -> Any:
     model = random_model(0.3, hidden_size=12, num_attention_heads=2, intermediate_size=20, image_size=8, num_labels=5)
     pixels = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     embeddings = list(model.vit.embeddings(pixels).split(16))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_vit_lowrank.statistics.ONE_PATCH_IN", 1)  # the tokens that tests see, too
+        statistics = collect_statistics(model, embeddings, 0)
     return SimpleNamespace(
         model=model,
         embeddings=embeddings,
-        statistics=collect_statistics(model, embeddings, 0),
+        statistics=statistics,
         seed=0,
         images_at_once=16,
         pixels=pixels,

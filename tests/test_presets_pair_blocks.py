@@ -31,7 +31,9 @@ def inputs() -> Any:
         block.mlp.up.bias[:5] -= 6
     pixels = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     embeddings = list(model.vit.embeddings(pixels).split(16))
-    statistics = collect_statistics(model, embeddings, 0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_vit_lowrank.statistics.ONE_PATCH_IN", 1)  # the tokens that tests see, too
+        statistics = collect_statistics(model, embeddings, 0)
     return SimpleNamespace(model=model, embeddings=embeddings, statistics=statistics, seed=0, images_at_once=16)
 
 

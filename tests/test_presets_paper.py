@@ -131,19 +131,27 @@ def test_ranks_are_those_of_the_greedy_rule(inputs, small, dense_inputs):
     assert len(set(found)) > 3
 
 
+def candidates_with(errors: list[dict[str, list[float]]]) -> list[dict[str, FactoredCandidate]]:
+    factors = {name: (torch.empty(m, 48), torch.empty(48, n)) for name, (m, n) in SHAPES.items()}
+    return [{name: FactoredCandidate(torch.tensor(own[name]), *factors[name]) for name in own} for own in errors]
+
+
 def test_ranks_of_weights_whose_energy_ends_are_where_it_ends(inputs):
     ends = [
         {"query_key_value": 9, "output": 5, "up": 20, "down": 1},
         {"query_key_value": 4, "output": 17, "up": 2, "down": 13},
     ]
-    candidates = []
-    for own in ends:
-        errors = {name: torch.tensor([max(0.0, rank - k) for k in range(49)]) for name, rank in own.items()}
-        factors = {name: (torch.empty(m, 48), torch.empty(48, n)) for name, (m, n) in SHAPES.items()}
-        candidates.append({name: FactoredCandidate(errors[name], *factors[name]) for name in own})
+    errors = [{name: [max(0.0, rank - k) for k in range(49)] for name, rank in own.items()} for own in ends]
     cost = sum(rank * sum(SHAPES[name]) for own in ends for name, rank in own.items())
     limit = cost - budget_of_first(inputs, 0)
-    assert paper_ranks(inputs.model, candidates, limit) == (ends, [SECOND, SECOND])
+    assert paper_ranks(inputs.model, candidates_with(errors), limit) == (ends, [SECOND, SECOND])
+
+
+def test_no_rank_is_above_the_largest_with_which_a_weight_gets_smaller(inputs):
+    errors = [{name: [48.0 - rank for rank in range(49)] for name in SHAPES} for _ in range(2)]
+    first, _ = paper_ranks(inputs.model, candidates_with(errors), 2 * count_parameters(inputs.model))
+    # 144 · 48 / (144 + 48) = 36, at which a pair is no smaller, and GY has one of the ranks below.
+    assert first == 2 * [{"query_key_value": 34, "output": 22, "up": 30, "down": 30}]
 
 
 def test_first_product_is_the_best_on_the_dense_activations(inputs, small, dense_inputs):

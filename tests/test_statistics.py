@@ -58,6 +58,25 @@ def test_block_moments_equal_token_by_token_sums(model, embeddings):
     assert statistics.query.count == 6 * 5
 
 
+def test_moments_of_an_mlp_are_of_one_patch_in_three_that_counts_for_all(model, embeddings):
+    """A class token, then patches 0 to 3, of which 0 and 3 are summed."""
+    statistics, block = collect_statistics(model, embeddings.split(4))[0], model.vit.blocks[0]
+    after = embeddings + block.attention(block.attention_norm(embeddings))[0]
+    inputs = block.mlp_norm(after)
+    before = block.mlp.up(inputs)
+    both = torch.cat((block.mlp.activation(before), inputs), -1).double()
+    slopes = torch.func.vmap(torch.func.grad(block.mlp.activation))(before.flatten()).view_as(before).double()
+    for groups, values in ((statistics.mlp, both), (statistics.slope, slopes)):
+        patches = values[:, [1, 4]].flatten(0, 1)
+        assert (groups.read.count, groups.other.count) == (6, 3 * 12)
+        assert torch.allclose(groups.other.first.flatten(), 3 * patches.sum(0), rtol=1e-4, atol=1e-4)
+    patches, read = both[:, [1, 4]].flatten(0, 1), both[:, 0]
+    assert torch.allclose(statistics.mlp.other.second, 3 * patches.mT @ patches, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(statistics.mlp.read.second, read.mT @ read, rtol=1e-4, atol=1e-4)
+    squares = 3 * slopes[:, [1, 4]].square().sum((0, 1))
+    assert torch.allclose(statistics.slope.other.second.flatten(), squares, rtol=1e-4, atol=1e-4)
+
+
 def test_the_parts_of_a_batch_change_nothing_not_even_the_labels_drawn(model, embeddings):
     whole = collect_statistics(model, embeddings.split(4), seed=3)
     parts = collect_statistics(model, embeddings.split(4), seed=3, images_at_once=3)

@@ -21,7 +21,7 @@ from ..progress import track
 from ..regression import Regression
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
 from ..run_folder import RunFolder
-from ..statistics import BlockStatistics, token_weight
+from ..statistics import ONE_PATCH_IN, BlockStatistics, sampled, token_weight
 from ..surgery import keep_units, set_linear
 from .drift import moved, partly_drifted, tokens_computed
 
@@ -113,14 +113,14 @@ def _refit_mlp(
     down, mlp = block.mlp.down, source.mlp
     device = down.weight.device
     weight = token_weight(statistics.mlp_gradient)
-    fit = Regression(mlp.down.in_features, down.out_features, weight, watched=down.out_features)
+    fit = Regression(mlp.down.in_features, down.out_features, ONE_PATCH_IN * weight, watched=down.out_features)
     for index, (dense_batch, small_batch) in enumerate(zip(dense_stream, small_stream, strict=True)):
         dense_batch, small_batch = dense_batch.to(device), small_batch.to(device)
         seen = partly_drifted(dense_batch, small_batch)
         dense_after = dense_batch + mlp(source.mlp_norm(dense_batch))
-        normed = block.mlp_norm(seen)
+        normed = block.mlp_norm(sampled(seen, num_read))
         hidden = mlp.activation(mlp.up(normed))
-        fit.add(torch.cat((hidden, normed), -1), dense_after - seen, num_read)
+        fit.add(torch.cat((hidden, normed), -1), sampled(dense_after - seen, num_read), num_read)
         dense_stream[index] = dense_after.cpu()
     fit.add_up()
     metric = output_metric(statistics.mlp_gradient, weight)
