@@ -231,15 +231,12 @@ def budgeted_ranks(
 ) -> RankPlan:
     """The plan for a whole model of at most `limit` parameters or FLOPs; `native` as in `CompressionRecipe`.
 
-    trained: by what compensates it, which gets more out of the units that a bypass stands in for than out of that, and
-    which up weights of lower rank have not been tried with: see README, trials.
+    trained: by what compensates it, which gets more out of the units that a bypass stands in for than out of that.
 
     Raises:
         UserError: the limit lies below what the smallest ranks cost; says how much that is.
     """
     costs, fixed = model_costs(stored(config, native), cost, native)
-    if trained:
-        costs = [replace(unit, entry=0) for unit in costs]
     of_embedding = embedding_costs(config, cost)
     # At full size there is nothing to choose; two factors may end just above what the piece costs as it is.
     stay_whole = native or limit >= plan_cost(config, cost)

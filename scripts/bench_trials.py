@@ -96,7 +96,7 @@ TRIALS: dict[str, tuple[dict[str, Any], list[Constant]]] = {
     "closed form, ridges by variance^0.5": ({}, by_direction(0.5)),
     "closed form, ridges by variance": ({}, by_direction(1.0)),
     "gradient, pivots": ({"compensation": "gradient"}, []),
-    "gradient, pivots, lower up ranks": ({"compensation": "gradient"}, [("budget", "TRAINED", ()), NO_BYPASS]),
+    "gradient, pivots, whole up weights": ({"compensation": "gradient"}, [WHOLE_UP_WEIGHTS]),
     "gradient, pivots, all of the drift seen": ({"compensation": "gradient"}, [ALL_DRIFT]),
     "gradient, pivots, 0.6 of the drift seen": (
         {"compensation": "gradient"},

@@ -51,7 +51,7 @@ def calibrated(digits_model, digits_data):
 
 @pytest.fixture(scope="module")
 def closed_form(calibrated):
-    """Of the plan that training starts from, which has whole up weights, no bypasses and the whole stream."""
+    """Of the plan that training starts from, which has no bypasses and the whole stream."""
     closed_form = replace(RECIPE, compensation="closed-form")
     with patch("hf_vit_lowrank.budget.TRAINED", ("closed-form",)), patch("hf_vit_lowrank.rank_plan.STREAM_FROM", 1.0):
         return build(calibrated, closed_form)
@@ -96,7 +96,7 @@ def test_training_block_by_block_brings_the_model_nearer_to_the_dense_one(calibr
     assert after < report["before"] <= before  # with the confidence that the model as it was refitted should have
     assert report["after"] == pytest.approx(after, rel=1e-4)
     assert all(block["after"] < block["before"] for block in report["blocks"] if block["kept"])
-    assert not any(trained.model.config.bypass_ranks + trained.model.config.up_ranks)
+    assert not any(trained.model.config.bypass_ranks)
 
 
 def test_distillation_brings_it_nearer_still(calibrated, trained, distilled):

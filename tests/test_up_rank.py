@@ -17,6 +17,7 @@ from hf_vit_lowrank.allocation import ErrorCurve, hull_slopes
 from hf_vit_lowrank.calibration import calibrate
 from hf_vit_lowrank.candidates.block import FREE, UP_RANK_WEIGHT, UnitCosts
 from hf_vit_lowrank.candidates.up_rank import best_ranks, input_metric, low_rank, rank_errors
+from hf_vit_lowrank.compensation import gradient
 from hf_vit_lowrank.compress import build
 from hf_vit_lowrank.evaluation import count_parameters
 from hf_vit_lowrank.linalg import square_root
@@ -157,6 +158,27 @@ def test_some_up_weights_of_lower_rank_pay_on_the_digits(calibrated, cost, monke
         without = build(calibrated, recipe)
     assert not any(without.report["plan"]["up_ranks"])
     assert result.report["predicted_loss"] < without.report["predicted_loss"]
+
+
+def test_training_moves_rows_and_the_map_that_makes_others_of_them(digits_model, digits_data, monkeypatch):
+    recipe = CompressionRecipe(reduction=0.8, samples=96, compensation="gradient")
+    calibrated = calibrate(str(digits_model), str(digits_data.calibration), recipe, hold_back=0.25, device="cpu")
+    monkeypatch.setattr(gradient, "EPOCHS", 2)
+    models = []
+    for rate in (0.0, gradient.LEARNING_RATE):
+        monkeypatch.setattr(gradient, "LEARNING_RATE", rate)
+        result = build(calibrated, recipe)
+        models.append(result.model)
+    kept = [block["kept"] for block in result.report["gradient"]["blocks"]]
+    ups = [[block.mlp.up for block in model.vit.blocks] for model in models]
+    moved = [
+        not torch.equal(before, after)
+        for one, other, trained in zip(*ups, kept, strict=True)
+        if trained and isinstance(one, InterpolativeLinear)
+        for before, after in ((one.read.weight, other.read.weight), (one.rest.weight, other.rest.weight))
+    ]
+    assert moved
+    assert all(moved)
 
 
 def test_a_curve_says_what_a_width_costs_with_its_rank(calibrated):
