@@ -235,10 +235,10 @@ def collect_statistics(
         raise RunError("No calibration image was seen: the calibration data are empty.")
     for block_statistics in statistics:
         _add_up(block_statistics)
-    tokens = int(statistics[0].mlp.count)
+    tokens = int(statistics[0].mlp.read.count + statistics[0].mlp.other.count / ONE_PATCH_IN)
     if tokens < config.intermediate_size:
         logger.warning(
-            "%d calibration tokens are fewer than the %d hidden units of an MLP: use more images for a better result",
+            "the moments of an MLP are of %d tokens, fewer than its %d hidden units: use more images",
             *(tokens, config.intermediate_size),
         )
     return statistics
