@@ -41,6 +41,15 @@ def random_model(spread: float, **sizes: int):
     return model.requires_grad_(False)
 
 
+def statistics_of_all_patches(model, embeddings):
+    """What presets are given, but of all tokens, which a test can work out by itself."""
+    from hf_vit_lowrank.statistics import collect_statistics
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hf_vit_lowrank.statistics.ONE_PATCH_IN", 1)
+        return collect_statistics(model, embeddings, 0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_caches() -> Iterator[None]:
     yield

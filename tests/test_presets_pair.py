@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, statistics_of_all_patches
 
 from hf_vit_lowrank.errors import UserError
 from hf_vit_lowrank.evaluation import count_parameters
@@ -18,7 +18,7 @@ from hf_vit_lowrank.presets.corp import ACTIVE_SHARE, RIDGE, corp, folded_down, 
 from hf_vit_lowrank.presets.modegpt import ENTROPY_WEIGHT, layer_shares, leverage_scores, modegpt, nystrom, value_output
 from hf_vit_lowrank.presets.pair_form import best, dense_traces, largest_config, sparse_config
 from hf_vit_lowrank.presets.pruning import gated_block, magnitude, magnitude_scores, taylor, taylor_scores
-from hf_vit_lowrank.statistics import Moments, collect_statistics
+from hf_vit_lowrank.statistics import Moments
 
 PRESETS = [corp, modegpt, magnitude, taylor]
 
@@ -29,13 +29,10 @@ def inputs() -> Any:
     model = random_model(0.3, hidden_size=12, num_attention_heads=2, intermediate_size=20, image_size=8, num_labels=5)
     pixels = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     embeddings = list(model.vit.embeddings(pixels).split(16))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_vit_lowrank.statistics.ONE_PATCH_IN", 1)  # the tokens that tests see, too
-        statistics = collect_statistics(model, embeddings, 0)
     return SimpleNamespace(
         model=model,
         embeddings=embeddings,
-        statistics=statistics,
+        statistics=statistics_of_all_patches(model, embeddings),
         seed=0,
         images_at_once=16,
         pixels=pixels,

@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, statistics_of_all_patches
 
 from hf_vit_lowrank.evaluation import count_parameters
 from hf_vit_lowrank.presets.corp import corp
 from hf_vit_lowrank.presets.modegpt import modegpt
-from hf_vit_lowrank.statistics import collect_statistics
 
 HEADS = (slice(0, 6), slice(6, 12))
 
@@ -31,9 +30,7 @@ def inputs() -> Any:
         block.mlp.up.bias[:5] -= 6
     pixels = torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(1))
     embeddings = list(model.vit.embeddings(pixels).split(16))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("hf_vit_lowrank.statistics.ONE_PATCH_IN", 1)  # the tokens that tests see, too
-        statistics = collect_statistics(model, embeddings, 0)
+    statistics = statistics_of_all_patches(model, embeddings)
     return SimpleNamespace(model=model, embeddings=embeddings, statistics=statistics, seed=0, images_at_once=16)
 
 

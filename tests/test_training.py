@@ -52,9 +52,8 @@ def calibrated(digits_model, digits_data):
 @pytest.fixture(scope="module")
 def closed_form(calibrated):
     """Of the plan that training starts from, which has no bypasses and the whole stream."""
-    closed_form = replace(RECIPE, compensation="closed-form")
-    with patch("hf_vit_lowrank.budget.TRAINED", ("closed-form",)), patch("hf_vit_lowrank.rank_plan.STREAM_FROM", 1.0):
-        return build(calibrated, closed_form)
+    with patch.multiple("hf_vit_lowrank.rank_plan", BYPASS_ROUNDS=0, STREAM_FROM=1.0):
+        return build(calibrated, replace(RECIPE, compensation="closed-form"))
 
 
 @pytest.fixture(scope="module")
