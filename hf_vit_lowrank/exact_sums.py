@@ -16,6 +16,7 @@ from . import processes
 _DIGITS = 13
 # Values smaller than the largest by so many digits, or smaller than 2⁻³⁵, have its unit: no product may leave float32.
 _RANGE, _SMALLEST = 32, -35
+_STRIP = 128
 
 
 def units_of(values: Tensor, tokens: int) -> Tensor:
@@ -31,14 +32,32 @@ def units_of(values: Tensor, tokens: int) -> Tensor:
 
 def rounded_sum(values: Tensor, units: Tensor) -> Tensor:
     """The sum over tokens of values (..., tokens, n)."""
-    return _rounded(values.sum(-2), units * 2.0**-_DIGITS)
+    grid = units * 2.0**-_DIGITS
+    return (values.sum(-2) / grid).round_().mul_(grid).cpu()
 
 
-def rounded_products(x: Tensor, y: Tensor, x_units: Tensor, y_units: Tensor) -> Tensor:
-    """xᵀ y (..., n, m) of (..., tokens, n) and (..., tokens, m)."""
-    return _rounded(x.mT @ y, x_units.unsqueeze(-1) * y_units.unsqueeze(-2))
+def add_products(total: Tensor, x: Tensor, y: Tensor, x_units: Tensor, y_units: Tensor) -> None:
+    """total (..., n, m) += xᵀ y of (..., tokens, n) and (..., tokens, m)."""
+    _add_strips(total, x, y, x_units, y_units, upper=False)
 
 
-def _rounded(terms: Tensor, grid: Tensor) -> Tensor:
-    """In place, to whole multiples of the powers of two in `grid`; on the CPU, ready to be added in float64."""
-    return terms.div_(grid).round_().mul_(grid).cpu()
+def add_gram(total: Tensor, values: Tensor, units: Tensor) -> None:
+    """total (..., n, n) += valuesᵀ values of (..., tokens, n), on and above the diagonal: `mirror` makes the rest."""
+    _add_strips(total, values, values, units, units, upper=True)
+
+
+def mirror(total: Tensor) -> None:
+    """Write what is above the diagonal of (..., n, n) below it."""
+    for start in range(0, total.shape[-1], _STRIP):
+        rows, below = slice(start, start + _STRIP), slice(start + _STRIP, None)
+        total[..., below, rows] = total[..., rows, below].mT
+
+
+def _add_strips(total: Tensor, x: Tensor, y: Tensor, x_units: Tensor, y_units: Tensor, upper: bool) -> None:
+    """So few rows at once that what is done to their products stays in the caches."""
+    x, y = x / x_units.unsqueeze(-2), y / y_units.unsqueeze(-2)
+    for start in range(0, x.shape[-1], _STRIP):
+        rows, columns = slice(start, start + _STRIP), slice(start if upper else 0, None)
+        terms = (x[..., rows].mT @ y[..., columns]).round_()
+        terms.mul_(x_units[..., rows].unsqueeze(-1)).mul_(y_units[..., columns].unsqueeze(-2))
+        total[..., rows, columns] += terms.cpu()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import processes
-from .exact_sums import rounded_products, rounded_sum, units_of
+from .exact_sums import add_products, rounded_sum, units_of
 from .linalg import eigh, ridge_solve
 from .statistics import Moments, TokenGroups
 
@@ -185,4 +185,4 @@ class _CrossMoments:
         """(tokens, n) and (tokens, m)."""
         assert self.units is not None
         self.target += rounded_sum(y, self.units[1])
-        self.cross += rounded_products(x, y, *self.units)
+        add_products(self.cross, x, y, *self.units)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from . import processes
 from .errors import RunError
-from .exact_sums import rounded_products, rounded_sum, units_of
+from .exact_sums import add_gram, mirror, rounded_sum, units_of
 from .linalg import FLOAT32_ROUNDING, eigh
 from .remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification, merge_heads, split_heads
 
@@ -27,7 +27,6 @@ SMALLEST_TOKEN_WEIGHT = 0.002
 # The moments of MLPs are by far the largest, and an image's patches much alike: one in so many is summed and counts for
 # all. With all of them statistics and refits take two forward passes more, and models are no better (README, trials).
 ONE_PATCH_IN = 3
-_GRAM_BLOCK = 512
 
 
 @dataclass
@@ -39,8 +38,17 @@ class Moments:
 
     count: float
     first: Tensor
-    second: Tensor
+    _second: Tensor
     units: Tensor | None = None
+    _one_sided: bool = False  # whether batches were added above the diagonal and not yet below it
+
+    @property
+    def second(self) -> Tensor:
+        """Of x xᵀ; while batches are added, what is below the diagonal costs as much as all else and waits."""
+        if self._one_sided:
+            mirror(self._second)
+            self._one_sided = False
+        return self._second
 
     @classmethod
     def zeros(cls, *shape: int) -> Moments:
@@ -52,7 +60,8 @@ class Moments:
             self.units = units_of(values, values.shape[-2])
         self.count += values.shape[-2]
         self.first += rounded_sum(values, self.units)
-        _add_gram(self.second, values, self.units)
+        add_gram(self._second, values, self.units)
+        self._one_sided = True
 
     def add_up(self) -> None:
         """Make these the sums over all processes; nothing is added after this."""
@@ -91,17 +100,6 @@ class Moments:
         """Of the covariance (n, n), as far as float32 products tell."""
         values, _ = eigh(self.covariance())
         return int((values > FLOAT32_ROUNDING * self.second.trace()).sum())
-
-
-def _add_gram(second: Tensor, values: Tensor, units: Tensor) -> None:
-    """second += valuesᵀ values, rounded; of a large product only the blocks on and above the diagonal are computed."""
-    size = values.shape[-1]
-    for start in range(0, size, _GRAM_BLOCK):
-        rows, columns = slice(start, start + _GRAM_BLOCK), slice(start, size)
-        product = rounded_products(values[..., rows], values[..., columns], units[..., rows], units[..., columns])
-        second[..., rows, columns] += product
-        below = slice(start + _GRAM_BLOCK, size)
-        second[..., below, rows] += product[..., _GRAM_BLOCK:].transpose(-1, -2)
 
 
 @dataclass

@@ -163,6 +163,17 @@ def test_sums_have_the_same_bits_in_any_order():
     assert ((sums[0].second - exact) / scale).abs().max() < 1.1 * ((plain - exact) / scale).abs().max()
 
 
+def test_sums_may_be_read_between_batches():
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(2, 40, 300, generator=generator) for _ in range(3)]
+    moments, expected = Moments.zeros(2, 300), torch.zeros(2, 300, 300, dtype=torch.float64)
+    for batch in batches:
+        moments.add(batch)
+        expected += batch.mT.double() @ batch.double()
+        assert torch.equal(moments.second, moments.second.mT)
+        assert torch.allclose(moments.second, expected, rtol=0, atol=1e-4)
+
+
 def test_a_model_without_gradients_in_the_first_batch_keeps_its_later_ones():
     moments = Moments.zeros(2)
     moments.add(torch.zeros(3, 2))
