@@ -38,12 +38,13 @@ def rounded_sum(values: Tensor, units: Tensor) -> Tensor:
 
 def add_products(total: Tensor, x: Tensor, y: Tensor, x_units: Tensor, y_units: Tensor) -> None:
     """total (..., n, m) += xᵀ y of (..., tokens, n) and (..., tokens, m)."""
-    _add_strips(total, x, y, x_units, y_units, upper=False)
+    _add_strips(total, x / x_units.unsqueeze(-2), y / y_units.unsqueeze(-2), x_units, y_units, upper=False)
 
 
 def add_gram(total: Tensor, values: Tensor, units: Tensor) -> None:
     """total (..., n, n) += valuesᵀ values of (..., tokens, n), on and above the diagonal: `mirror` makes the rest."""
-    _add_strips(total, values, values, units, units, upper=True)
+    in_units = values / units.unsqueeze(-2)
+    _add_strips(total, in_units, in_units, units, units, upper=True)
 
 
 def mirror(total: Tensor) -> None:
@@ -54,8 +55,7 @@ def mirror(total: Tensor) -> None:
 
 
 def _add_strips(total: Tensor, x: Tensor, y: Tensor, x_units: Tensor, y_units: Tensor, upper: bool) -> None:
-    """So few rows at once that what is done to their products stays in the caches."""
-    x, y = x / x_units.unsqueeze(-2), y / y_units.unsqueeze(-2)
+    """Of x and y in their units; so few rows at once that what is done to their products stays in the caches."""
     for start in range(0, x.shape[-1], _STRIP):
         rows, columns = slice(start, start + _STRIP), slice(start if upper else 0, None)
         terms = (x[..., rows].mT @ y[..., columns]).round_()

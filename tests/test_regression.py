@@ -117,7 +117,7 @@ def test_halves_are_the_same_whoever_has_a_batch():
     for number, batch in enumerate(zip(inputs.split(5), targets.split(5), strict=True)):
         alone.add(*batch, 1)
         shares[number % 2].add(*batch, 1)
-    for half, (one, other) in zip(alone.halves, zip(*(share.halves for share in shares), strict=True), strict=True):
+    for half, (one, other) in zip(alone.sums, zip(*(share.sums for share in shares), strict=True), strict=True):
         torch.testing.assert_close(half.read.cross, one.read.cross + other.read.cross)
 
 
