@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from functools import reduce
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from hf_vit_lowrank.candidates.block import output_metric
 from hf_vit_lowrank.candidates.mlp_width import mlp_width_candidate
-from hf_vit_lowrank.regression import Regression, _Weighted
+from hf_vit_lowrank.regression import Regression, RegressionSums, Solution, WeightedSums
 from hf_vit_lowrank.statistics import Moments, token_weight
 from hf_vit_lowrank.surgery import keep_units, set_linear
 
@@ -26,37 +25,27 @@ class _Folds:
     """A regression for every fold, of batches dealt out in turn. The first of all results is that of all images."""
 
     def __init__(self, inputs: int, targets: int, other_weight: float, watched: int = 0):
-        self.folds = [Regression(inputs, targets, other_weight, watched) for _ in range(FOLDS)]
+        self.folds = [RegressionSums(inputs, targets, other_weight, watched) for _ in range(FOLDS)]
 
     def add(self, index: int, inputs: Tensor, targets: Tensor, num_read: int) -> None:
         self.folds[index % FOLDS].add(inputs, targets, num_read)
 
-    def solve(self, prior: Tensor, metric: Tensor) -> tuple[list[tuple[Tensor, Tensor]], list[Moments]]:
-        """Weight and bias of all images and of all but each fold, with the ridge that halves of all ask for; and the
-        moments of the inputs that each was fitted on."""
-        everything = Regression(self.folds[0].size, len(prior), 1.0)
-        halves = [reduce(_Weighted.plus, (fold.halves[half].weighted() for fold in self.folds)) for half in range(2)]
-        everything.halves = [_sums_that_are(half) for half in halves]
-        weight, bias = everything.solve(prior, metric)
-        prior, total = prior.double(), everything._all()
-        ridge = everything._ridge(prior, metric)
-        results, seen = [(weight, bias)], [total.inputs]
-        for fold in self.folds:
-            rest = _without(total, fold._all())
-            inputs = rest.inputs.part(slice(len(rest.cross)))
-            weight = prior + rest.equations(prior).solve(ridge)
-            results.append((weight, (rest.target - weight @ inputs.first) / inputs.count))
-            seen.append(rest.inputs)
+    def solve(self, prior: Tensor, metric: Tensor) -> tuple[list[Solution], list[Moments]]:
+        """Those of all images and of all but each fold, with the ridge that halves of all ask for; and the moments of
+        the inputs that each was fitted on."""
+        folds = [fold.add_up() for fold in self.folds]
+        halves = zip(*(fold.halves for fold in folds), strict=True)
+        everything = Regression([reduce(WeightedSums.plus, parts) for parts in halves])
+        results, seen = [everything.solve(prior, metric)], [everything.seen]
+        for fold in folds:
+            rest = Regression([_without(*pair) for pair in zip(everything.halves, fold.halves, strict=True)])
+            results.append(rest.with_ridge(prior.double(), results[0].ridge))
+            seen.append(rest.seen)
         return results, seen
 
 
-def _sums_that_are(sums: _Weighted) -> Any:
-    """Stands in for the sums of a half of the images."""
-    return SimpleNamespace(weighted=lambda: sums, groups=SimpleNamespace(read=sums.inputs))
-
-
-def _without(sums: _Weighted, part: _Weighted) -> _Weighted:
-    return _Weighted(sums.inputs.plus(part.inputs, -1.0), sums.target - part.target, sums.cross - part.cross)
+def _without(sums: WeightedSums, part: WeightedSums) -> WeightedSums:
+    return WeightedSums(sums.inputs.plus(part.inputs, -1.0), sums.target - part.target, sums.cross - part.cross)
 
 
 def refit_attention(
@@ -67,7 +56,7 @@ def refit_attention(
     small_stream: list[Tensor],
     queries: int | None,
     num_read: int,
-) -> None:
+) -> float:
     """In place of `closed_form._refit_attention`."""
     output, weight = block.attention.output, token_weight(statistics.attention_gradient)
     fit, contexts = _Folds(output.in_features, output.out_features, weight), []
@@ -80,9 +69,10 @@ def refit_attention(
     results, _ = fit.solve(output.weight, output_metric(statistics.attention_gradient, weight))
     outputs = [output, *(copy.deepcopy(output) for _ in range(FOLDS))]
     for own, result in zip(outputs, results, strict=True):
-        set_linear(own, *result)
+        set_linear(own, result.weight, result.bias)
     for index, context in enumerate(contexts):
         small_stream[index] = small_stream[index] + outputs[1 + index % FOLDS](context)
+    return results[0].ridge
 
 
 def refit_mlp(
@@ -92,6 +82,7 @@ def refit_mlp(
     dense_stream: list[Tensor],
     small_stream: list[Tensor],
     num_read: int,
+    _: float,
 ) -> None:
     """In place of `closed_form._refit_mlp`; the units are those that all images choose."""
     down, mlp, weight = block.mlp.down, source.mlp, token_weight(statistics.mlp_gradient)
@@ -105,13 +96,13 @@ def refit_mlp(
     metric = output_metric(statistics.mlp_gradient, weight)
     results, seen = fit.solve(mlp.down.weight, metric)
     covariance = seen[0].part(slice(mlp.down.in_features)).covariance()
-    kept = mlp_width_candidate(results[0][0], covariance, metric).kept(down.in_features)
+    kept = mlp_width_candidate(results[0].weight, covariance, metric).kept(down.in_features)
     blocks = [block, *(copy.deepcopy(block) for _ in range(FOLDS))]
     for own, result, moments in zip(blocks, results, seen, strict=True):
         if down.in_features == mlp.down.in_features:
-            set_linear(own.mlp.down, *result)
+            set_linear(own.mlp.down, result.weight, result.bias)
         else:
-            keep_units(own, source, kept, *result, moments, slopes, metric)
+            keep_units(own, source, kept, result.weight, result.bias, moments, slopes, metric)
     for index, batch in enumerate(small_stream):
         own = blocks[1 + index % FOLDS]
         small_stream[index] = batch + own.mlp(own.mlp_norm(batch))

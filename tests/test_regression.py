@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_vit_lowrank.regression import RIDGES, NormalEquations, Regression, descend
+from hf_vit_lowrank.regression import RIDGES, NormalEquations, Regression, RegressionSums, descend
 
 INPUTS, TARGETS, TOKENS, WEIGHT = 6, 3, 5, 0.25
 
@@ -22,11 +22,10 @@ def data(images: int, noise: float, seed: int = 0) -> tuple[torch.Tensor, torch.
 
 
 def regression(inputs: torch.Tensor, targets: torch.Tensor, images_at_once: int) -> Regression:
-    fit = Regression(INPUTS, TARGETS, WEIGHT)
+    sums = RegressionSums(INPUTS, TARGETS, WEIGHT)
     for x, y in zip(inputs.split(images_at_once), targets.split(images_at_once), strict=True):
-        fit.add(x, y, num_read=1)
-    fit.add_up()
-    return fit
+        sums.add(x, y, num_read=1)
+    return sums.add_up()
 
 
 def metric() -> torch.Tensor:
@@ -66,7 +65,7 @@ def foretold(inputs: torch.Tensor, targets: torch.Tensor, ridge: float, prior: t
 def test_the_ridge_is_the_one_with_which_each_half_foretells_the_other_best(noise):
     inputs, targets, _ = data(8, noise)
     prior = torch.zeros(TARGETS, INPUTS, dtype=torch.float64)
-    weight, bias = regression(inputs, targets, 4).solve(prior, metric())
+    weight, bias, _ = regression(inputs, targets, 4).solve(prior, metric())
     errors = [foretold(inputs, targets, ridge, prior) for ridge in RIDGES]
     best = RIDGES[errors.index(min(errors))]
     torch.testing.assert_close(weight, by_hand(inputs, targets, best, prior), rtol=1e-4, atol=1e-5)
@@ -81,7 +80,7 @@ def wrong_by(images: int, noise: float) -> tuple[float, float]:
     for seed in range(10):
         inputs, targets, truth = data(images, noise, seed)
         prior = truth + 0.1
-        weight, _ = regression(inputs, targets, 8).solve(prior, torch.eye(TARGETS, dtype=torch.float64))
+        weight = regression(inputs, targets, 8).solve(prior, torch.eye(TARGETS, dtype=torch.float64)).weight
         ours += float((weight - truth).square().sum())
         plain += float((by_hand(inputs, targets, 0.0, prior) - truth).square().sum())
     return ours, plain
@@ -99,7 +98,8 @@ def test_what_the_images_know_for_sure_is_taken_from_them():
 
 def test_one_image_moves_little():
     inputs, targets, truth = data(1, 0.0)
-    weight, _ = regression(inputs, targets, 1).solve(torch.zeros_like(truth), torch.eye(TARGETS, dtype=torch.float64))
+    identity = torch.eye(TARGETS, dtype=torch.float64)
+    weight = regression(inputs, targets, 1).solve(torch.zeros_like(truth), identity).weight
     assert 0 < weight.norm() < 0.05 * truth.norm()
 
 
@@ -113,11 +113,11 @@ def test_parts_make_no_difference(images_at_once):
 
 def test_halves_are_the_same_whoever_has_a_batch():
     inputs, targets, _ = data(15, 1.0)
-    alone, *shares = (Regression(INPUTS, TARGETS, 0.5) for _ in range(3))
+    alone, *shares = (RegressionSums(INPUTS, TARGETS, 0.5) for _ in range(3))
     for number, batch in enumerate(zip(inputs.split(5), targets.split(5), strict=True)):
         alone.add(*batch, 1)
         shares[number % 2].add(*batch, 1)
-    for half, (one, other) in zip(alone.sums, zip(*(share.sums for share in shares), strict=True), strict=True):
+    for half, (one, other) in zip(alone.halves, zip(*(share.halves for share in shares), strict=True), strict=True):
         torch.testing.assert_close(half.read.cross, one.read.cross + other.read.cross)
 
 

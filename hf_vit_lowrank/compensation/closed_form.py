@@ -18,7 +18,7 @@ from .. import processes
 from ..candidates.block import output_metric
 from ..candidates.mlp_width import mlp_width_candidate
 from ..progress import track
-from ..regression import Regression
+from ..regression import RegressionSums
 from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageClassification
 from ..run_folder import RunFolder
 from ..statistics import ONE_PATCH_IN, BlockStatistics, sampled, token_weight
@@ -66,8 +66,8 @@ def refit_block(
 
     queries: leading tokens that the block computes, all if None. num_read: those that the classifier reads.
     """
-    _refit_attention(source, block, statistics, dense_stream, small_stream, queries, num_read)
-    _refit_mlp(source, block, statistics, dense_stream, small_stream, num_read)
+    ridge = _refit_attention(source, block, statistics, dense_stream, small_stream, queries, num_read)
+    _refit_mlp(source, block, statistics, dense_stream, small_stream, num_read, ridge)
 
 
 def _refit_attention(
@@ -78,27 +78,28 @@ def _refit_attention(
     small_stream: list[Tensor],
     queries: int | None,
     num_read: int,
-) -> None:
-    """Fit the output weight; both streams are moved behind the attention, in place."""
+) -> float:
+    """Fit the output weight, with a ridge that is returned; both streams are moved behind the attention, in place."""
     output = block.attention.output
     device = output.weight.device
     weight = token_weight(statistics.attention_gradient)
-    fit = Regression(output.in_features, output.out_features, weight)
+    sums = RegressionSums(output.in_features, output.out_features, weight)
     for index, (dense_batch, small_batch) in enumerate(zip(dense_stream, small_stream, strict=True)):
         dense_batch, small_batch = dense_batch.to(device), small_batch.to(device)
         seen = partly_drifted(dense_batch, small_batch)
         update, _ = source.attention(source.attention_norm(dense_batch), queries)
         dense_after = dense_batch[:, :queries] + update
         context, _ = block.attention.context(block.attention_norm(seen), queries)
-        fit.add(context, dense_after - seen[:, :queries], num_read)
+        sums.add(context, dense_after - seen[:, :queries], num_read)
         dense_stream[index] = dense_after.cpu()
-    fit.add_up()
-    set_linear(output, *fit.solve(output.weight, output_metric(statistics.attention_gradient, weight)))
+    fitted = sums.add_up().solve(output.weight, output_metric(statistics.attention_gradient, weight))
+    set_linear(output, fitted.weight, fitted.bias)
     processes.same_parameters(output)
     for index, small_batch in enumerate(small_stream):
         small_batch = small_batch.to(device)
         update, _ = block.attention(block.attention_norm(small_batch), queries)
         small_stream[index] = (small_batch[:, :queries] + update).cpu()
+    return fitted.ridge
 
 
 def _refit_mlp(
@@ -108,23 +109,28 @@ def _refit_mlp(
     dense_stream: list[Tensor],
     small_stream: list[Tensor],
     num_read: int,
+    ridge: float,
 ) -> None:
-    """Fit the down weight on all units, choose the units, fit it on those; both streams are moved behind the MLP."""
+    """Fit the down weight on all units, choose the units, fit it on those; both streams are moved behind the MLP.
+
+    ridge: that of the attention. The same images say about as much about this, whose every try takes long.
+    """
     down, mlp = block.mlp.down, source.mlp
     device = down.weight.device
     weight = token_weight(statistics.mlp_gradient)
-    fit = Regression(mlp.down.in_features, down.out_features, ONE_PATCH_IN * weight, watched=down.out_features)
+    sums = RegressionSums(mlp.down.in_features, down.out_features, ONE_PATCH_IN * weight, watched=down.out_features)
     for index, (dense_batch, small_batch) in enumerate(zip(dense_stream, small_stream, strict=True)):
         dense_batch, small_batch = dense_batch.to(device), small_batch.to(device)
         seen = partly_drifted(dense_batch, small_batch)
         dense_after = dense_batch + mlp(source.mlp_norm(dense_batch))
         normed = block.mlp_norm(sampled(seen, num_read))
         hidden = mlp.activation(mlp.up(normed))
-        fit.add(torch.cat((hidden, normed), -1), sampled(dense_after - seen, num_read), num_read)
+        sums.add(torch.cat((hidden, normed), -1), sampled(dense_after - seen, num_read), num_read)
         dense_stream[index] = dense_after.cpu()
-    fit.add_up()
+    fit = sums.add_up()
+    del sums  # as large again
     metric = output_metric(statistics.mlp_gradient, weight)
-    full, bias = fit.solve(mlp.down.weight, metric)
+    full, bias, _ = fit.solve(mlp.down.weight, metric, near=ridge)
     if down.in_features == mlp.down.in_features:
         set_linear(down, full, bias)
     else:
