@@ -23,7 +23,7 @@ from .calibration import Calibrated
 from .candidates.block import FREE, BlockCandidates
 from .compensation.closed_form import refit_block
 from .compensation.drift import moved, tokens_computed
-from .compensation.steps import parts, refit
+from .compensation.steps import refit
 from .divergence import mean_divergence, stream_logits
 from .embeddings import embedded_by
 from .out_of_memory import with_smaller_batches
@@ -95,20 +95,24 @@ class _Prober:
         """By block and piece, how much the divergence falls from a smaller size to a larger one over how much the curve
         says; six digits."""
         dense = self.calibrated.dense.model
-        fitting = parts(self.calibrated.fitting, images_at_once)
+        fitting = self.calibrated.fitting
         streams = [embedded_by(self.model, dense, fitting)] * 2
-        probes = -(-IMAGES // (processes.count() * images_at_once))
-        expected = stream_logits(dense, fitting[:probes])
+        probes = -(-IMAGES // (processes.count() * len(fitting[0])))
+        expected = stream_logits(dense, _parts(fitting[:probes], images_at_once))
         worth, layers = [], len(self.model.vit.blocks)
         for layer in track(range(layers), "Probing sizes", layers, "blocks"):
-            own = run.stage(f"worth-{layer:02}", partial(self._worth, layer, streams, expected, probes))
+            own = run.stage(f"worth-{layer:02}", partial(self._worth, layer, streams, expected, probes, images_at_once))
             worth.append(own)
             blocks: Any = dense.vit.blocks[layer], self.model.vit.blocks[layer]
             queries = tokens_computed(dense.config, layer)
-            streams = [moved(block, stream, queries) for block, stream in zip(blocks, streams, strict=True)]
+            streams = [
+                moved(block, stream, queries, images_at_once) for block, stream in zip(blocks, streams, strict=True)
+            ]
         return worth
 
-    def _worth(self, layer: int, streams: list[list[Tensor]], expected: Tensor, probes: int) -> list[float]:
+    def _worth(
+        self, layer: int, streams: list[list[Tensor]], expected: Tensor, probes: int, images_at_once: int
+    ) -> list[float]:
         """Of each piece of a block. streams: the dense one and the smaller one before it, of whose batches the first
         `probes` are measured on. expected: the dense model's logits for these."""
         config, plan = self.calibrated.dense.model.config, self.plan
@@ -120,8 +124,9 @@ class _Prober:
             """With this block as another plan has it, refitted."""
             block = resized_block(source, plan.apply(config), layer)
             shrink_block(block, source, candidate, moments)
-            refit_block(source, block, moments, list(streams[0]), list(streams[1]), queries, config.num_tokens_read)
-            behind = moved(block, streams[1][:probes], queries)
+            both = list(streams[0]), list(streams[1])
+            refit_block(source, block, moments, *both, queries, config.num_tokens_read, images_at_once)
+            behind = moved(block, _parts(streams[1][:probes], images_at_once), queries)
             return mean_divergence(stream_logits(self.model, behind, layer + 1), expected)
 
         step, worth = max(int(STEP * config.hidden_size), 1), []
@@ -132,6 +137,11 @@ class _Prober:
             predicted = float(curve.errors[sizes[0]] - curve.errors[sizes[1]])
             worth.append(float(f"{(smaller - larger) / predicted:.6g}") if predicted > 0 else 0.0)
         return worth
+
+
+def _parts(batches: Sequence[Tensor], size: int) -> list[Tensor]:
+    """The same images in batches of at most `size`."""
+    return [part for batch in batches for part in batch.split(size)]
 
 
 def _with_size(plan: RankPlan, layer: int, candidates: BlockCandidates, piece: int, size: int) -> RankPlan:

@@ -56,6 +56,7 @@ def refit_attention(
     small_stream: list[Tensor],
     queries: int | None,
     num_read: int,
+    _: int,
 ) -> float:
     """In place of `closed_form._refit_attention`."""
     output, weight = block.attention.output, token_weight(statistics.attention_gradient)
@@ -82,7 +83,7 @@ def refit_mlp(
     dense_stream: list[Tensor],
     small_stream: list[Tensor],
     num_read: int,
-    _: float,
+    *_: float,
 ) -> None:
     """In place of `closed_form._refit_mlp`; the units are those that all images choose."""
     down, mlp, weight = block.mlp.down, source.mlp, token_weight(statistics.mlp_gradient)

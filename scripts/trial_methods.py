@@ -105,7 +105,7 @@ def refit_on_views(count: int) -> Callable[..., None]:
             for part in torch.arange(even).split(size)
         ]
         embeddings = embedded_by(model, calibrated.dense.model, [*images[:even].split(size), *views])
-        compensate_closed_form(calibrated.dense.model, model, calibrated.statistics, embeddings, run)
+        compensate_closed_form(calibrated.dense.model, model, calibrated.statistics, embeddings, size, run)
 
     return refit
 

@@ -108,7 +108,7 @@ def test_compensation_brings_the_stream_nearer(calibrated):
 @pytest.mark.usefixtures("plain_layout")
 def test_compensation_of_a_whole_model_does_no_harm(calibrated):
     model = build(calibrated, replace(RECIPE, reduction=0.0, compensation="none")).model
-    compensate_closed_form(calibrated.dense.model, model, calibrated.statistics, calibrated.fitting, RunFolder())
+    compensate_closed_form(calibrated.dense.model, model, calibrated.statistics, calibrated.fitting, 8, RunFolder())
     assert max(drift.block_drifts(calibrated.dense.model, model, calibrated.fitting)) < 1e-6
     assert held_back_agreement(calibrated, model) == 1.0
 
@@ -122,10 +122,10 @@ def test_refits_see_a_part_of_the_drift_and_streams_all_of_it(calibrated, monkey
     drifted = [batch + 0.1 * torch.randn(batch.shape, generator=torch.Generator().manual_seed(0)) for batch in stream]
     blocks = [build(calibrated, smaller).model.vit.blocks[1] for _ in range(2)]
     behind = [list(stream), list(drifted)]
-    _refit_attention(source, blocks[0], moments, *behind, None, 1)
+    _refit_attention(source, blocks[0], moments, *behind, None, 1, 8)
     nearer = [seen.lerp(batch, drift.DRIFT_SEEN) for seen, batch in zip(stream, drifted, strict=True)]
     monkeypatch.setattr(drift, "DRIFT_SEEN", 1.0)
-    _refit_attention(source, blocks[1], moments, list(stream), nearer, None, 1)
+    _refit_attention(source, blocks[1], moments, list(stream), nearer, None, 1, 8)
     torch.testing.assert_close(blocks[0].attention.output.weight, blocks[1].attention.output.weight)
     for batch, (block, before) in zip(behind, ((source, stream), (blocks[0], drifted)), strict=True):
         updated = before[0] + block.attention(block.attention_norm(before[0]))[0]
@@ -144,10 +144,10 @@ def test_a_patch_of_three_counts_for_all_where_an_mlp_is_refitted(calibrated, mo
     generator = torch.Generator().manual_seed(0)
     drifted = [batch + 0.3 * torch.randn(batch.shape, generator=generator) for batch in calibrated.fitting]
     blocks = [build(calibrated, whole).model.vit.blocks[1] for _ in range(2)]
-    _refit_mlp(source, blocks[0], moments, thrice(calibrated.fitting), thrice(drifted), 1)
+    _refit_mlp(source, blocks[0], moments, thrice(calibrated.fitting), thrice(drifted), 1, 8, 0.1)
     for owner in ("statistics", "compensation.closed_form"):
         monkeypatch.setattr(f"hf_vit_lowrank.{owner}.ONE_PATCH_IN", 1)
-    _refit_mlp(source, blocks[1], moments, thrice(calibrated.fitting), thrice(drifted), 1)
+    _refit_mlp(source, blocks[1], moments, thrice(calibrated.fitting), thrice(drifted), 1, 8, 0.1)
     first, second = (block.mlp.down.weight for block in blocks)
     assert (first - second).norm() < 1e-3 * (first - source.mlp.down.weight).norm()
 

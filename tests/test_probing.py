@@ -15,7 +15,6 @@ from hf_vit_lowrank.calibration import NOWHERE, calibrate
 from hf_vit_lowrank.candidates.block import UnitCosts
 from hf_vit_lowrank.compensation.closed_form import refit_block
 from hf_vit_lowrank.compensation.drift import moved, tokens_computed
-from hf_vit_lowrank.compensation.steps import parts
 from hf_vit_lowrank.compress import build
 from hf_vit_lowrank.divergence import stream_logits
 from hf_vit_lowrank.embeddings import embedded_by
@@ -71,7 +70,7 @@ def test_worth_is_what_the_whole_model_loses(calibrated, monkeypatch):
     # Which of two ridges is better may hang on the last bits, which other batches change.
     monkeypatch.setattr(regression, "RIDGES", (0.1,))
     monkeypatch.setattr(regression, "START", 0)
-    fitting = parts(calibrated.fitting, calibrated.images_at_once)
+    fitting = calibrated.fitting
     worth = probe_sizes(calibrated, RECIPE, NOWHERE)["worth"]
     dense, candidates = calibrated.dense.model, calibrated.candidates
     plan = recipe_ranks(calibrated.dense, candidates, calibrated.embedding, RECIPE)
@@ -89,7 +88,15 @@ def test_worth_is_what_the_whole_model_loses(calibrated, monkeypatch):
         streams = [embedded_by(model, dense, fitting) for _ in range(2)]
         streams = [moved(one.vit.blocks[0], stream, None) for one, stream in zip((dense, model), streams, strict=True)]
         block, moments = trial.vit.blocks[layer], calibrated.statistics[layer]
-        refit_block(dense.vit.blocks[layer], block, moments, *streams, tokens_computed(dense.config, layer), 1)
+        refit_block(
+            dense.vit.blocks[layer],
+            block,
+            moments,
+            *streams,
+            tokens_computed(dense.config, layer),
+            1,
+            calibrated.images_at_once,
+        )
         logits = stream_logits(trial, embedded_by(model, dense, fitting)).log_softmax(-1)
         divergences.append(float(((expected - logits) * expected.exp()).sum(-1).mean()))
         sizes = widths[layer]

@@ -8,7 +8,7 @@ units are chosen on the smaller stream, where they will work. A fit sees a part 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -32,11 +32,13 @@ def compensate_closed_form(
     small: LowRankViTForImageClassification,
     statistics: Sequence[BlockStatistics],
     embeddings: Sequence[Tensor],
+    images_at_once: int,
     run: RunFolder,
 ) -> None:
     """Refit `small` in place on this process's batches of embeddings (images, tokens, d), which both models share.
 
-    Holds two streams in memory, each of the size of `embeddings`. run: where finished blocks are kept.
+    Holds two streams in memory, each of the size of `embeddings`. images_at_once: how many of a batch go through a
+    block together. run: where finished blocks are kept.
     """
     num_read, layers = dense.config.num_tokens_read, len(dense.vit.blocks)
     dense_stream, small_stream = list(embeddings), list(embeddings)
@@ -46,9 +48,10 @@ def compensate_closed_form(
         stage = f"block-{layer:02}"
         if run.has(stage):
             block.load_state_dict(run.load(stage))
-            dense_stream, small_stream = moved(source, dense_stream, queries), moved(block, small_stream, queries)
+            dense_stream = moved(source, dense_stream, queries, images_at_once)
+            small_stream = moved(block, small_stream, queries, images_at_once)
         else:
-            refit_block(source, block, moments, dense_stream, small_stream, queries, num_read)
+            refit_block(source, block, moments, dense_stream, small_stream, queries, num_read, images_at_once)
             run.save(stage, block.state_dict())
 
 
@@ -61,13 +64,16 @@ def refit_block(
     small_stream: list[Tensor],
     queries: int | None,
     num_read: int,
+    images_at_once: int,
 ) -> None:
     """Refit one block in place; both streams, batches of (images, tokens, d), are moved behind it, in place.
 
     queries: leading tokens that the block computes, all if None. num_read: those that the classifier reads.
+    images_at_once: how many of a batch go through the block together. Sums are added batch by batch, since to add to
+    moments of a wide MLP takes as long for one image as for many.
     """
-    ridge = _refit_attention(source, block, statistics, dense_stream, small_stream, queries, num_read)
-    _refit_mlp(source, block, statistics, dense_stream, small_stream, num_read, ridge)
+    ridge = _refit_attention(source, block, statistics, dense_stream, small_stream, queries, num_read, images_at_once)
+    _refit_mlp(source, block, statistics, dense_stream, small_stream, num_read, images_at_once, ridge)
 
 
 def _refit_attention(
@@ -78,27 +84,33 @@ def _refit_attention(
     small_stream: list[Tensor],
     queries: int | None,
     num_read: int,
+    images_at_once: int,
 ) -> float:
     """Fit the output weight, with a ridge that is returned; both streams are moved behind the attention, in place."""
     output = block.attention.output
-    device = output.weight.device
     weight = token_weight(statistics.attention_gradient)
     sums = RegressionSums(output.in_features, output.out_features, weight)
-    for index, (dense_batch, small_batch) in enumerate(zip(dense_stream, small_stream, strict=True)):
-        dense_batch, small_batch = dense_batch.to(device), small_batch.to(device)
-        seen = partly_drifted(dense_batch, small_batch)
-        update, _ = source.attention(source.attention_norm(dense_batch), queries)
-        dense_after = dense_batch[:, :queries] + update
+
+    def fitted_on(dense: Tensor, small: Tensor) -> tuple[Tensor, ...]:
+        seen = partly_drifted(dense, small)
+        update, _ = source.attention(source.attention_norm(dense), queries)
+        dense_after = dense[:, :queries] + update
         context, _ = block.attention.context(block.attention_norm(seen), queries)
-        sums.add(context, dense_after - seen[:, :queries], num_read)
-        dense_stream[index] = dense_after.cpu()
+        return context, dense_after - seen[:, :queries], dense_after.cpu()
+
+    for index, batches in enumerate(zip(dense_stream, small_stream, strict=True)):
+        context, target, dense_stream[index] = _in_parts(fitted_on, images_at_once, output.weight.device, *batches)
+        sums.add(context, target, num_read)
     fitted = sums.add_up().solve(output.weight, output_metric(statistics.attention_gradient, weight))
     set_linear(output, fitted.weight, fitted.bias)
     processes.same_parameters(output)
-    for index, small_batch in enumerate(small_stream):
-        small_batch = small_batch.to(device)
-        update, _ = block.attention(block.attention_norm(small_batch), queries)
-        small_stream[index] = (small_batch[:, :queries] + update).cpu()
+
+    def behind(small: Tensor) -> tuple[Tensor, ...]:
+        update, _ = block.attention(block.attention_norm(small), queries)
+        return ((small[:, :queries] + update).cpu(),)
+
+    for index, batch in enumerate(small_stream):
+        (small_stream[index],) = _in_parts(behind, images_at_once, output.weight.device, batch)
     return fitted.ridge
 
 
@@ -109,6 +121,7 @@ def _refit_mlp(
     dense_stream: list[Tensor],
     small_stream: list[Tensor],
     num_read: int,
+    images_at_once: int,
     ridge: float,
 ) -> None:
     """Fit the down weight on all units, choose the units, fit it on those; both streams are moved behind the MLP.
@@ -119,14 +132,17 @@ def _refit_mlp(
     device = down.weight.device
     weight = token_weight(statistics.mlp_gradient)
     sums = RegressionSums(mlp.down.in_features, down.out_features, ONE_PATCH_IN * weight, watched=down.out_features)
-    for index, (dense_batch, small_batch) in enumerate(zip(dense_stream, small_stream, strict=True)):
-        dense_batch, small_batch = dense_batch.to(device), small_batch.to(device)
-        seen = partly_drifted(dense_batch, small_batch)
-        dense_after = dense_batch + mlp(source.mlp_norm(dense_batch))
+
+    def fitted_on(dense: Tensor, small: Tensor) -> tuple[Tensor, ...]:
+        seen = partly_drifted(dense, small)
+        dense_after = dense + mlp(source.mlp_norm(dense))
         normed = block.mlp_norm(sampled(seen, num_read))
         hidden = mlp.activation(mlp.up(normed))
-        sums.add(torch.cat((hidden, normed), -1), sampled(dense_after - seen, num_read), num_read)
-        dense_stream[index] = dense_after.cpu()
+        return torch.cat((hidden, normed), -1), sampled(dense_after - seen, num_read), dense_after.cpu()
+
+    for index, batches in enumerate(zip(dense_stream, small_stream, strict=True)):
+        inputs, target, dense_stream[index] = _in_parts(fitted_on, images_at_once, device, *batches)
+        sums.add(inputs, target, num_read)
     fit = sums.add_up()
     del sums  # as large again
     metric = output_metric(statistics.mlp_gradient, weight)
@@ -137,6 +153,18 @@ def _refit_mlp(
         kept = mlp_width_candidate(full, fit.covariance(), metric).kept(down.in_features)
         keep_units(block, source, kept, full, bias, fit.seen, statistics.slope.weighted(weight), metric)
     processes.same_parameters(block.mlp)
-    for index, small_batch in enumerate(small_stream):
-        small_batch = small_batch.to(device)
-        small_stream[index] = (small_batch + block.mlp(block.mlp_norm(small_batch))).cpu()
+
+    def behind(small: Tensor) -> tuple[Tensor, ...]:
+        return ((small + block.mlp(block.mlp_norm(small))).cpu(),)
+
+    for index, batch in enumerate(small_stream):
+        (small_stream[index],) = _in_parts(behind, images_at_once, device, batch)
+
+
+def _in_parts(
+    function: Callable[..., tuple[Tensor, ...]], images_at_once: int, device: torch.device, *batches: Tensor
+) -> list[Tensor]:
+    """What a function makes of batches (images, …) on a device, so many images at once, put together."""
+    parts = zip(*(batch.split(images_at_once) for batch in batches), strict=True)
+    made = [function(*(part.to(device) for part in own)) for own in parts]
+    return [torch.cat(pieces) for pieces in zip(*made, strict=True)]

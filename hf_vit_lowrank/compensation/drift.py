@@ -41,10 +41,20 @@ def tokens_computed(config: LowRankViTConfig, layer: int) -> int | None:
 
 
 @torch.no_grad()
-def moved(block: LowRankViTBlock, stream: Sequence[Tensor], queries: int | None) -> list[Tensor]:
-    """The stream behind a block: batches of (images, tokens, d), tokens the leading `queries` or all."""
+def moved(
+    block: LowRankViTBlock, stream: Sequence[Tensor], queries: int | None, images_at_once: int | None = None
+) -> list[Tensor]:
+    """The stream behind a block: batches of (images, tokens, d), tokens the leading `queries` or all.
+
+    images_at_once: how many of a batch go through it together, all if None.
+    """
     device = next(block.parameters()).device
-    return [block(batch.to(device), queries)[0].cpu() for batch in stream]
+
+    def behind(batch: Tensor) -> Tensor:
+        parts = batch.split(images_at_once or len(batch))
+        return torch.cat([block(part.to(device), queries)[0].cpu() for part in parts])
+
+    return [behind(batch) for batch in stream]
 
 
 def partly_drifted(dense: Tensor, small: Tensor) -> Tensor:

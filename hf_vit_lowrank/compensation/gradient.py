@@ -84,8 +84,8 @@ def compensate_gradient(
         stage = f"block-{layer:02}"
         done = run.has(stage)
         if refit and not done:
-            dense_stream, small_stream = (list(stream[:images].split(size)) for stream in (dense_inputs, inputs))
-            refit_block(source, block, moments, dense_stream, small_stream, queries, num_read)
+            dense_stream, small_stream = (list(one[:images].split(batch_size)) for one in (dense_inputs, inputs))
+            refit_block(source, block, moments, dense_stream, small_stream, queries, num_read, size)
         held_targets = moved(source, held_targets, queries)
         examples: _Examples
         if queries is None:

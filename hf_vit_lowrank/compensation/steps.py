@@ -85,18 +85,13 @@ def _shared(calibrated: Calibrated, model: LowRankViTForImageClassification, bat
     return embedded_by(model, calibrated.dense.model, batches)
 
 
-def parts(batches: Sequence[Tensor], size: int) -> list[Tensor]:
-    """The same images in batches of at most `size`."""
-    return [part for batch in batches for part in batch.split(size)]
-
-
 def refit(calibrated: Calibrated, model: LowRankViTForImageClassification, run: RunFolder) -> None:
     """Refit `model` in place in closed form."""
     start, embeddings = copy.deepcopy(model.state_dict()), _shared(calibrated, model, calibrated.fitting)
 
     def attempt(size: int) -> None:
         model.load_state_dict(start)
-        compensate_closed_form(calibrated.dense.model, model, calibrated.statistics, parts(embeddings, size), run)
+        compensate_closed_form(calibrated.dense.model, model, calibrated.statistics, embeddings, size, run)
 
     with_smaller_batches("Compensation", attempt, calibrated.images_at_once)
 
