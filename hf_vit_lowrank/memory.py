@@ -23,10 +23,11 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _PROGRAM = 10**9
 # Matrices of an MLP's moments that choosing its units, its bypass or its refit has at hand at once: measured.
 _WORKING_MATRICES = 11
-# Tensors of the size of all images' embeddings, beside those. The smaller model's embeddings and both streams.
-_REFIT_STREAMS = 3
-# Two streams, and those behind a refitted probe.
-_PROBE_STREAMS = 4
+# Tensors of the size of all images' embeddings, beside those. The smaller model's embeddings, both streams, and as much
+# as two more that batches of earlier blocks leave in the C library's allocator: measured.
+_REFIT_STREAMS = 5
+# Two streams, those behind a refitted probe, and as much in the allocator.
+_PROBE_STREAMS = 6
 # Of images and views: inputs, dense inputs and targets; more than those and a refit of the images without the targets.
 _TRAINING_STREAMS = 3
 # Bytes of an image from which views are made, for each of the model's pixels and channels.
