@@ -8,7 +8,7 @@ units are chosen on the smaller stream, where they will work. A fit sees a part 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from ..remote.modeling_lowrank_vit import LowRankViTBlock, LowRankViTForImageCla
 from ..run_folder import RunFolder
 from ..statistics import ONE_PATCH_IN, BlockStatistics, sampled, token_weight
 from ..surgery import keep_units, set_linear
-from .drift import moved, partly_drifted, tokens_computed
+from .drift import in_parts, moved, partly_drifted, tokens_computed
 
 
 @torch.no_grad()
@@ -99,7 +99,7 @@ def _refit_attention(
         return context, dense_after - seen[:, :queries], dense_after.cpu()
 
     for index, batches in enumerate(zip(dense_stream, small_stream, strict=True)):
-        context, target, dense_stream[index] = _in_parts(fitted_on, images_at_once, output.weight.device, *batches)
+        context, target, dense_stream[index] = in_parts(fitted_on, images_at_once, output.weight.device, *batches)
         sums.add(context, target, num_read)
     fitted = sums.add_up().solve(output.weight, output_metric(statistics.attention_gradient, weight))
     set_linear(output, fitted.weight, fitted.bias)
@@ -110,7 +110,7 @@ def _refit_attention(
         return ((small[:, :queries] + update).cpu(),)
 
     for index, batch in enumerate(small_stream):
-        (small_stream[index],) = _in_parts(behind, images_at_once, output.weight.device, batch)
+        (small_stream[index],) = in_parts(behind, images_at_once, output.weight.device, batch)
     return fitted.ridge
 
 
@@ -141,7 +141,7 @@ def _refit_mlp(
         return torch.cat((hidden, normed), -1), sampled(dense_after - seen, num_read), dense_after.cpu()
 
     for index, batches in enumerate(zip(dense_stream, small_stream, strict=True)):
-        inputs, target, dense_stream[index] = _in_parts(fitted_on, images_at_once, device, *batches)
+        inputs, target, dense_stream[index] = in_parts(fitted_on, images_at_once, device, *batches)
         sums.add(inputs, target, num_read)
     fit = sums.add_up()
     del sums  # as large again
@@ -158,13 +158,4 @@ def _refit_mlp(
         return ((small + block.mlp(block.mlp_norm(small))).cpu(),)
 
     for index, batch in enumerate(small_stream):
-        (small_stream[index],) = _in_parts(behind, images_at_once, device, batch)
-
-
-def _in_parts(
-    function: Callable[..., tuple[Tensor, ...]], images_at_once: int, device: torch.device, *batches: Tensor
-) -> list[Tensor]:
-    """What a function makes of batches (images, …) on a device, so many images at once, put together."""
-    parts = zip(*(batch.split(images_at_once) for batch in batches), strict=True)
-    made = [function(*(part.to(device) for part in own)) for own in parts]
-    return [torch.cat(pieces) for pieces in zip(*made, strict=True)]
+        (small_stream[index],) = in_parts(behind, images_at_once, device, batch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -50,11 +50,19 @@ def moved(
     """
     device = next(block.parameters()).device
 
-    def behind(batch: Tensor) -> Tensor:
-        parts = batch.split(images_at_once or len(batch))
-        return torch.cat([block(part.to(device), queries)[0].cpu() for part in parts])
+    def behind(tokens: Tensor) -> tuple[Tensor, ...]:
+        return (block(tokens, queries)[0].cpu(),)
 
-    return [behind(batch) for batch in stream]
+    return [in_parts(behind, images_at_once or len(batch), device, batch)[0] for batch in stream]
+
+
+def in_parts(
+    function: Callable[..., tuple[Tensor, ...]], images_at_once: int, device: torch.device, *batches: Tensor
+) -> list[Tensor]:
+    """What a function makes of batches (images, …) on a device, so many images at once, put together."""
+    parts = zip(*(batch.split(images_at_once) for batch in batches), strict=True)
+    made = [function(*(part.to(device) for part in own)) for own in parts]
+    return [torch.cat(pieces) for pieces in zip(*made, strict=True)]
 
 
 def partly_drifted(dense: Tensor, small: Tensor) -> Tensor:
